@@ -1,0 +1,4 @@
+"""Operators: one folder per family, each with an eager reference; needs torch only."""
+
+if __name__ != "kinetok.kernels":
+    raise ImportError("import kinetok.kernels, not the bare folder kernels: an operator would be registered twice")
