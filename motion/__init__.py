@@ -2,3 +2,7 @@
 
 if __name__ != "kinetok.motion":
     raise ImportError("import kinetok.motion, not the bare folder motion: an operator would be registered twice")
+
+from kinetok.motion.motion import Motion
+
+__all__ = ["Motion"]

@@ -1,0 +1,147 @@
+"""Frames to 272 numbers and back (MotionMillion, section 5).
+
+Every function takes and returns numpy arrays or torch tensors, whichever it is given, and computes in float64.
+Layout of a frame: root velocity x, z (0:2), heading change as 6D (2:8), joint positions without heading (8:74), joint
+velocities (74:140), local rotations as 6D with the heading taken off the root (140:272).
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinetok.errors import UserError
+from kinetok.kernels.kinematics import (
+    forward_kinematics,
+    heading_scan,
+    matrix_from_6d,
+    rotation_about_y,
+    sixd_from_matrix,
+)
+from kinetok.motion.skeleton import JOINTS, PARENTS
+
+FEATURES = 272
+ROOT_VELOCITY = slice(0, 2)
+HEADING_CHANGE = slice(2, 8)
+POSITIONS = slice(8, 74)
+VELOCITIES = slice(74, 140)
+ROTATIONS = slice(140, 272)
+ROOT_HEIGHT = 9
+
+
+Array = Any  # numpy.ndarray or torch.Tensor
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _same_kind(function: Function) -> Function:
+    """Hand the arrays to ``function`` as float64 tensors; give its results the kind and dtype of the first one."""
+
+    @wraps(function)
+    def wrapper(*arrays: Array) -> Any:
+        first = arrays[0]
+        if isinstance(first, Tensor):
+            dtype = first.dtype if first.is_floating_point() else torch.float64
+            device = first.device
+        else:
+            first = np.asarray(first)
+            dtype = torch.from_numpy(np.empty(0, first.dtype)).dtype if first.dtype.kind == "f" else torch.float64
+            device = torch.device("cpu")
+        as_numpy = not isinstance(arrays[0], Tensor)
+
+        def restore(value: Tensor) -> Array:
+            value = value.to(dtype)
+            return value.numpy() if as_numpy else value
+
+        result = function(*(torch.as_tensor(a).to(device=device, dtype=torch.float64) for a in arrays))
+        return tuple(map(restore, result)) if isinstance(result, tuple) else restore(result)
+
+    return cast(Function, wrapper)
+
+
+def _expect(name: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
+    if value.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):
+        wanted = ", ".join("T" if size is None else str(size) for size in shape)
+        raise UserError(f"{name}: expected the shape [{wanted}], got {list(value.shape)}")
+    if value.shape[0] == 0:
+        raise UserError(f"{name}: expected at least one frame, got none")
+    if not value.isfinite().all():
+        raise UserError(f"{name}: expected finite numbers, got NaN or infinity")
+
+
+@_same_kind
+def from_motion(rotations: Array, root: Array, offsets: Array) -> Array:
+    """The 272 features of a motion.
+
+    rotations ``[T, 22, 3, 3]`` local (joint 0 global), root ``[T, 3]`` position of the pelvis in metres, offsets
+    ``[22, 3]`` of the joints from their parents. The clip is first turned about Y so that it starts facing +Z, and put
+    on the floor (its lowest joint at y = 0). Returns ``[T, 272]``.
+    """
+    _expect("rotations", rotations, (None, JOINTS, 3, 3))
+    _expect("root", root, (rotations.shape[0], 3))
+    _expect("offsets", offsets, (JOINTS, 3))
+    forward = rotations[:1, 0]
+    turn = rotation_about_y(-torch.atan2(forward[:, 0, 2], forward[:, 2, 2]))  # [1, 3, 3]
+    rotations = torch.cat((turn[:, None] @ rotations[:, :1], rotations[:, 1:]), dim=1)
+    root = (turn @ root[..., None])[..., 0]
+    joints, _ = forward_kinematics(rotations, root, offsets, PARENTS)
+    joints = joints - joints.new_tensor([0, 1, 0]) * joints[..., 1].min()
+    root = joints[:, 0]
+
+    theta = -torch.atan2(rotations[:, 0, 0, 2], rotations[:, 0, 2, 2])
+    heading = rotation_about_y(theta)  # [T, 3, 3]
+    step = (heading[:-1] @ (root[1:] - root[:-1])[..., None])[:, [0, 2], 0]
+    change = rotation_about_y(torch.cat((theta.new_zeros(1), theta[1:] - theta[:-1])))
+    local = (heading[:, None] @ (joints - root[:, None] * root.new_tensor([1, 0, 1]))[..., None])[..., 0]
+    unheaded = torch.cat((heading[:, None] @ rotations[:, :1], rotations[:, 1:]), dim=1)
+    return torch.cat(
+        (
+            torch.cat((step.new_zeros(1, 2), step)),
+            sixd_from_matrix(change),
+            local.flatten(1),
+            torch.cat((local.new_zeros(1, 3 * JOINTS), (local[1:] - local[:-1]).flatten(1))),
+            sixd_from_matrix(unheaded).flatten(1),
+        ),
+        dim=1,
+    )
+
+
+def _heading_and_path(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse heading ``[T, 3, 3]`` and the root path on the floor ``[T, 3]`` (y = 0)."""
+    _expect("features", x, (None, FEATURES))
+    back = heading_scan(matrix_from_6d(x[:, HEADING_CHANGE])).transpose(-1, -2)
+    step = torch.stack((x[:, 0], torch.zeros_like(x[:, 0]), x[:, 1]), dim=-1)
+    step = torch.cat((step[:1], (back[:-1] @ step[1:, :, None])[..., 0]))
+    # The floor path ignores the vertical part that a tilted heading gives to a step.
+    return back, step.cumsum(0) * step.new_tensor([1, 0, 1])
+
+
+@_same_kind
+def joints_from_positions(x: Array) -> Array:
+    """Joints ``[T, 22, 3]`` in metres from the local positions of features ``[T, 272]``."""
+    back, path = _heading_and_path(x)
+    local = x[:, POSITIONS].unflatten(1, (JOINTS, 3))
+    return (back[:, None] @ local[..., None])[..., 0] + path[:, None]
+
+
+def _rotations_and_root(x: Tensor) -> tuple[Tensor, Tensor]:
+    back, path = _heading_and_path(x)
+    local = matrix_from_6d(x[:, ROTATIONS].unflatten(1, (JOINTS, 6)))
+    rotations = torch.cat((back[:, None] @ local[:, :1], local[:, 1:]), dim=1)
+    return rotations, torch.stack((path[:, 0], x[:, ROOT_HEIGHT], path[:, 2]), dim=-1)
+
+
+@_same_kind
+def rotations_from_features(x: Array) -> tuple[Array, Array]:
+    """Local rotations ``[T, 22, 3, 3]`` (joint 0 global) and pelvis positions ``[T, 3]`` of features ``[T, 272]``."""
+    return _rotations_and_root(x)
+
+
+@_same_kind
+def joints_from_rotations(x: Array, offsets: Array) -> Array:
+    """Joints ``[T, 22, 3]`` in metres by forward kinematics over the rotations of features ``[T, 272]``."""
+    _expect("offsets", offsets, (JOINTS, 3))
+    rotations, root = _rotations_and_root(x)
+    return forward_kinematics(rotations, root, offsets, PARENTS)[0]
