@@ -1,0 +1,1 @@
+"""Reading motion with captions."""

@@ -1,0 +1,80 @@
+"""Complete recipes: a name stands for every number of a training run."""
+
+from dataclasses import dataclass
+
+from kinetok.errors import UserError
+from kinetok.model.config import DecoderConfig, TokenizerConfig
+from kinetok.train.loop import LoopConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerRecipe:
+    """``window`` and ``short_window`` in frames; draws go by label count to the power ``balance``.
+
+    ``unrounded`` is the share of samples that pass the quantiser unrounded at the start; it falls to none over the
+    first 30 % of the steps and keeps the codebook from collapsing.
+    """
+
+    model: TokenizerConfig
+    loop: LoopConfig
+    batch: int = 20
+    window: int = 64
+    short_window: int = 32
+    short_share: float = 0.2
+    balance: float = -0.5
+    unrounded: float = 0.3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderRecipe:
+    """``corrupt`` is the share of input tokens replaced at random, ``empty`` the share of captions left out.
+
+    ``text_noise`` is the deviation of the noise added to text features; crops are at least ``min_seconds`` long.
+    """
+
+    model: DecoderConfig
+    loop: LoopConfig
+    batch: int = 24
+    dropout: float = 0.1
+    corrupt: float = 0.1
+    empty: float = 0.1
+    text_noise: float = 0.05
+    balance: float = -0.35
+    min_seconds: float = 2.0
+    max_seconds: float = 10.0
+
+
+def mini_tokenizer() -> TokenizerRecipe:
+    """3 M parameters, 15 tokens a second, causal (no look-ahead in a stream), no wavelet."""
+    return TokenizerRecipe(
+        model=TokenizerConfig(nb_code=1024, code_dim=256, width=256, patcher="none", causal=True),
+        loop=LoopConfig(steps=5000, lr=1e-3, betas=(0.9, 0.99), ema=0.995, validate_every=250, save_every=250),
+    )
+
+
+def mini_decoder() -> DecoderRecipe:
+    """2.5 M parameters on MiniLM token states."""
+    return DecoderRecipe(
+        model=DecoderConfig(n_layer=4, n_head=6, n_embd=192, codebook=1000, text_dim=384),
+        loop=LoopConfig(
+            steps=1500, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1, ema=0.99, validate_every=50, save_every=100
+        ),
+    )
+
+
+TOKENIZER_RECIPES = {"mini": mini_tokenizer}
+DECODER_RECIPES = {"mini": mini_decoder}
+
+
+def _named(kind: str, table: dict, name: str):  # type: ignore[no-untyped-def, type-arg]
+    if name not in table:
+        raise UserError(f"unknown {kind} recipe {name!r}: expected one of {sorted(table)}")
+    return table[name]()
+
+
+def tokenizer_recipe(name: str) -> TokenizerRecipe:
+    return _named("tokenizer", TOKENIZER_RECIPES, name)
+
+
+def decoder_recipe(name: str) -> DecoderRecipe:
+    return _named("decoder", DECODER_RECIPES, name)

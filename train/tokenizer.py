@@ -1,0 +1,136 @@
+"""Training of the motion tokenizer on a small captioned set."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kinetok.errors import UserError
+from kinetok.kernels.fsq import fsq_bound, fsq_quantize
+from kinetok.model.tokenizer import MotionTokenizer
+from kinetok.motion.features import POSITIONS
+from kinetok.motion.skeleton import JOINTS
+from kinetok.train.data.stats import mean_std
+from kinetok.train.data.store import Clip, read_clips
+from kinetok.train.loop import fit
+from kinetok.train.losses import mini_losses
+from kinetok.train.recipes import TokenizerRecipe, tokenizer_recipe
+
+
+def draw_weights(clips: Sequence[Clip], power: float) -> NDArray[np.float64]:
+    """Probability of drawing each clip: (clips with its label) ** power, so that common labels do not swamp rare ones."""
+    counts = Counter(clip.label for clip in clips)
+    weights = np.array([counts[clip.label] ** power for clip in clips])
+    return weights / weights.sum()
+
+
+class _Trained(nn.Module):
+    """The tokenizer with a batch norm before the quantiser, which keeps the codes in use and folds away at the end."""
+
+    def __init__(self, recipe: TokenizerRecipe) -> None:
+        super().__init__()
+        self.tokenizer = MotionTokenizer(recipe.model)
+        self.norm = nn.BatchNorm1d(len(recipe.model.levels), affine=False)
+
+    def forward(self, frames: Tensor, unrounded: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Normalised frames ``[B, T, 272]`` to their reconstruction and the int32 tokens."""
+        tokenizer = self.tokenizer
+        levels = tokenizer.config.levels
+        z = tokenizer.project_in(tokenizer.latents(frames))
+        z = self.norm(z.flatten(0, 1)).view_as(z)
+        codes, indices = fsq_quantize(z, levels)
+        if unrounded:
+            free = fsq_bound(z, levels) / z.new_tensor([level // 2 for level in levels])
+            codes = torch.where(torch.rand(len(z), 1, 1, device=z.device) < unrounded, free, codes)
+        return tokenizer.frames(tokenizer.project_out(codes)), indices
+
+    @torch.no_grad()
+    def folded(self) -> MotionTokenizer:
+        """The plain tokenizer that computes the same, the norm folded into ``project_in``."""
+        tokenizer = MotionTokenizer(self.tokenizer.config)
+        tokenizer.load_state_dict(self.tokenizer.state_dict())
+        project = tokenizer.project_in
+        assert isinstance(project, nn.Linear) and self.norm.running_var is not None
+        assert self.norm.running_mean is not None
+        scale = (self.norm.running_var + self.norm.eps).rsqrt()
+        project.weight.mul_(scale[:, None])
+        project.bias.sub_(self.norm.running_mean).mul_(scale)
+        return tokenizer.eval()
+
+
+class TokenizerTask:
+    """Windows of training clips in, reconstruction losses out."""
+
+    def __init__(self, recipe: TokenizerRecipe, clips: Sequence[Clip]) -> None:
+        self.recipe = recipe
+        train = [clip for clip in clips if clip.split == "train" and not clip.heading_flips]
+        held_out = [clip for clip in clips if clip.split == "val" and not clip.heading_flips]
+        if not train or not held_out:
+            raise UserError(f"expected clips in the splits train and val, got {len(train)} and {len(held_out)}")
+        self.mean, self.std = mean_std(train)
+        self.sides = [(self._normal(c.features), self._normal(c.mirrored)) for c in train]
+        self.held_out = [self._normal(c.features) for c in held_out]
+        self.weights = draw_weights(train, recipe.balance)
+        self.scale = torch.tensor(self.mean, dtype=torch.float32), torch.tensor(self.std, dtype=torch.float32)
+        self.module = _Trained(recipe)
+
+    def _normal(self, features: NDArray) -> Tensor:
+        return torch.from_numpy(((features - self.mean) / self.std).astype(np.float32))
+
+    def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        recipe = self.recipe
+        frames = recipe.short_window if rng.random() < recipe.short_share else recipe.window
+        batch = recipe.batch * recipe.window // frames
+        windows = []
+        while len(windows) < batch:
+            side = self.sides[rng.choice(len(self.sides), p=self.weights)][rng.integers(2)]
+            if len(side) >= frames:
+                start = rng.integers(len(side) - frames + 1)
+                windows.append(side[start : start + frames])
+        target = torch.stack(windows)
+        share = recipe.unrounded * max(0.0, 1 - step / (0.3 * recipe.loop.steps))
+        pred, _ = self.module(target, share)
+        return mini_losses(pred, target, *self.scale)
+
+    @torch.no_grad()
+    def validate(self, module: nn.Module) -> Mapping[str, float]:
+        losses, errors, used = [], [], set()
+        unit = self.recipe.model.frames_per_token
+        for clip in self.held_out:
+            target = clip[None, : len(clip) // unit * unit]
+            pred, indices = module(target)
+            losses.append(float(mini_losses(pred, target, *self.scale)["loss"]))
+            gap = ((pred - target) * self.scale[1])[..., POSITIONS].unflatten(-1, (JOINTS, 3))
+            errors.append(float((gap - gap[..., :1, :]).norm(dim=-1).mean()))
+            used.update(indices.flatten().tolist())
+        return {"loss": float(np.mean(losses)), "mpjpe_mm": 1e3 * float(np.mean(errors)), "codes": len(used)}
+
+
+def train(
+    *, recipe: str = "mini", data: str | Path = "data/cmu", out: str | Path = "runs/tokenizer", resume: bool = False
+) -> Path:
+    """Train a tokenizer; returns ``out/tokenizer.pt`` ({"config", "model", "mean", "std", "figures"}).
+
+    About 12 to 25 minutes for the mini recipe on two cores.
+    """
+    chosen = tokenizer_recipe(recipe)
+    task = TokenizerTask(chosen, read_clips(data))
+    best = torch.load(fit(task, chosen.loop, out, resume=resume, identity=asdict(chosen)), weights_only=True)
+    task.module.load_state_dict(best["model"])
+    result = Path(out) / "tokenizer.pt"
+    torch.save(
+        {
+            "config": asdict(chosen.model),
+            "model": task.module.folded().state_dict(),
+            "mean": torch.from_numpy(task.mean),
+            "std": torch.from_numpy(task.std),
+            "figures": best["figures"],
+        },
+        result,
+    )
+    return result
