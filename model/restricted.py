@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.model.tensor_files import SIZE_LIMIT, map_file, mapped_tensor, natural, read_safetensors
+from kinetok.model.tensor_files import map_file, mapped_tensor, natural, possible_shape, read_safetensors
 from kinetok.model.zip_index import RESAVE, Entry, zip_entries
 
 PICKLE_BYTES = 16 << 20
@@ -277,13 +277,11 @@ class _Machine:
             natural(offset)
             and isinstance(shape, tuple)
             and isinstance(strides, tuple)
-            and len(shape) == len(strides) <= 16
-            and all(map(natural, shape))
+            and len(shape) == len(strides)
+            and possible_shape(shape)
             and all(map(natural, strides))
         ):
             raise UserError(f"{self.path}: a tensor has an impossible shape, stride or offset: damaged or hostile")
-        if prod(size for size in shape if size) >= SIZE_LIMIT:
-            raise UserError(f"{self.path}: a tensor has an impossible shape: damaged or hostile")
         count = prod(shape)
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if count else 0
         # More elements than the storage has would be an expanded view, which fills memory when it is copied.

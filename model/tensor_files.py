@@ -8,7 +8,7 @@ import json
 import mmap
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -67,6 +67,11 @@ def natural(value: object) -> bool:
     return type(value) is int and 0 <= value < SIZE_LIMIT
 
 
+def possible_shape(shape: Sequence[Any]) -> bool:
+    """Whether torch can have a tensor of this shape: few axes, and counts that fit even with the empty axes left out."""
+    return len(shape) <= 16 and all(map(natural, shape)) and prod(size for size in shape if size) < SIZE_LIMIT
+
+
 def parse_json(text: bytes, name: str | Path) -> dict[str, Any]:
     """A JSON object. Raises ``UserError`` for anything else, endless nesting included."""
     try:
@@ -89,13 +94,13 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     start, end = 8 + size, 0
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: _position(item[1], path)):
-        dtype, shape = DTYPES.get(entry.get("dtype")), entry.get("shape")
+        dtype, shape = DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
         first, last = entry["data_offsets"]
         if dtype is None:
             raise UserError(
-                f"{path}: expected {name} to have one of the types {list(DTYPES)}, got {entry.get('dtype')}"
+                f"{path}: expected {name} to have one of the types {list(DTYPES)}, got {str(entry.get('dtype'))[:40]!r}"
             )
-        if not isinstance(shape, list) or not all(map(natural, shape)):
+        if not isinstance(shape, list) or not possible_shape(shape):
             raise UserError(f"{path}: expected {name} to have whole numbers as its shape, got {str(shape)[:80]}")
         if first != end or last - first != prod(shape) * dtype.itemsize or start + last > len(data):
             raise UserError(f"{path}: the bytes of {name} do not fit its shape {shape}: truncated or damaged")

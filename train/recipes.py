@@ -23,6 +23,7 @@ class TokenizerRecipe:
     short_share: float = 0.2
     balance: float = -0.5
     unrounded: float = 0.3
+    latent_price: float = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +49,7 @@ def mini_tokenizer() -> TokenizerRecipe:
     """3 M parameters, 15 tokens a second, causal (no look-ahead in a stream), no wavelet."""
     return TokenizerRecipe(
         model=TokenizerConfig(nb_code=1024, code_dim=256, width=256, patcher="none", causal=True),
-        loop=LoopConfig(steps=5000, lr=1e-3, betas=(0.9, 0.99), ema=0.995, validate_every=250, save_every=250),
+        loop=LoopConfig(steps=4000, lr=1e-3, betas=(0.9, 0.99), ema=0.995, validate_every=250, save_every=250),
     )
 
 

@@ -37,17 +37,22 @@ class _Trained(nn.Module):
         self.tokenizer = MotionTokenizer(recipe.model)
         self.norm = nn.BatchNorm1d(len(recipe.model.levels), affine=False)
 
-    def forward(self, frames: Tensor, unrounded: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Normalised frames ``[B, T, 272]`` to their reconstruction and the int32 tokens."""
+    def forward(self, frames: Tensor, unrounded: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised frames ``[B, T, 272]`` to their reconstruction, the int32 tokens, and the size of the latents.
+
+        The norm leaves the scale of the latents free; without a small price on their mean square they grow without
+        limit, and unseen bodies decode badly.
+        """
         tokenizer = self.tokenizer
         levels = tokenizer.config.levels
         z = tokenizer.project_in(tokenizer.latents(frames))
+        size = z.square().mean()
         z = self.norm(z.flatten(0, 1)).view_as(z)
         codes, indices = fsq_quantize(z, levels)
         if unrounded:
             free = fsq_bound(z, levels) / z.new_tensor([level // 2 for level in levels])
             codes = torch.where(torch.rand(len(z), 1, 1, device=z.device) < unrounded, free, codes)
-        return tokenizer.frames(tokenizer.project_out(codes)), indices
+        return tokenizer.frames(tokenizer.project_out(codes)), indices, size
 
     @torch.no_grad()
     def folded(self) -> MotionTokenizer:
@@ -94,8 +99,9 @@ class TokenizerTask:
                 windows.append(side[start : start + frames])
         target = torch.stack(windows)
         share = recipe.unrounded * max(0.0, 1 - step / (0.3 * recipe.loop.steps))
-        pred, _ = self.module(target, share)
-        return mini_losses(pred, target, *self.scale)
+        pred, _, size = self.module(target, share)
+        losses = mini_losses(pred, target, *self.scale)
+        return {**losses, "loss": losses["loss"] + recipe.latent_price * size, "latent": size}
 
     @torch.no_grad()
     def validate(self, module: nn.Module) -> Mapping[str, float]:
@@ -103,7 +109,7 @@ class TokenizerTask:
         unit = self.recipe.model.frames_per_token
         for clip in self.held_out:
             target = clip[None, : len(clip) // unit * unit]
-            pred, indices = module(target)
+            pred, indices, _ = module(target)
             losses.append(float(mini_losses(pred, target, *self.scale)["loss"]))
             gap = ((pred - target) * self.scale[1])[..., POSITIONS].unflatten(-1, (JOINTS, 3))
             errors.append(float((gap - gap[..., :1, :]).norm(dim=-1).mean()))
