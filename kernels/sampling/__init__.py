@@ -1,0 +1,7 @@
+"""Sampling that gives the same token for the same seed whatever the batch, the device or the host language."""
+
+from kinetok.kernels.sampling.arithmetic import exp2_weight, log_fp32
+from kinetok.kernels.sampling.philox import philox
+from kinetok.kernels.sampling.reference import guide, gumbel, sample
+
+__all__ = ["exp2_weight", "guide", "gumbel", "log_fp32", "philox", "sample"]

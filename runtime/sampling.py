@@ -1,0 +1,82 @@
+"""What a caller can ask of a clip, and what a model answers where the caller is silent."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+from kinetok.errors import UserError
+
+TRAINED_SECONDS = 10.0
+FALLBACK: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
+
+
+def _number(name: str, value: Any, low: float, high: float, what: str) -> None:
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (fine and low <= value <= high):
+        raise UserError(f"{name}: expected {what}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How to sample; None leaves a value to the model's own default.
+
+    seconds: the clip's length, up to the trained 10 s; None lets the end token decide. seed: 64 unsigned bits.
+    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. guidance: classifier-free guidance scale, 1 is off.
+    max_tokens: a cap on the tokens; 50 gives the reference's. Raises ``UserError`` naming the value that is wrong.
+    """
+
+    seconds: float | None = None
+    seed: int = 0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None:
+            what = f"more than 0 and at most {TRAINED_SECONDS:g} seconds (what models are trained on)"
+            _number("seconds", self.seconds, 1e-3, TRAINED_SECONDS, what)
+        if self.temperature is not None:
+            _number("temperature", self.temperature, 0, 100, "a number from 0 (greedy) to 100")
+        if self.temperature and self.temperature < 1e-3:
+            raise UserError(f"temperature: expected 0 (greedy) or at least 0.001, got {self.temperature}")
+        if self.top_p is not None:
+            _number("top_p", self.top_p, 1e-4, 1, "a number above 0 and at most 1")
+        if self.guidance is not None:
+            _number("guidance", self.guidance, 0, 100, "a number from 0 to 100 (1 is off)")
+        for name, low, high in (("seed", 0, 2**64 - 1), ("top_k", 0, 2**31), ("max_tokens", 1, 2**31)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not low <= value <= high):
+                raise UserError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
+
+    def resolve(self, defaults: Mapping[str, Any]) -> Self:
+        """The same with the model's ``defaults`` in place of None (seconds and max_tokens may stay None)."""
+        known = {field.name for field in fields(self)}
+        values = {**FALLBACK, **{k: v for k, v in defaults.items() if k in known}}
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
+
+
+def token_budget(
+    params: SamplingParams, defaults: Mapping[str, Any], tokens_per_second: float, room: int
+) -> tuple[int, int]:
+    """Fewest and most tokens of a clip with ``room`` positions left after its text.
+
+    Explicit seconds fix both; otherwise the end token may come after the model's ``min_seconds``. Raises
+    ``UserError`` when the text leaves too little room.
+    """
+    if room < 1:
+        raise UserError("the prompt fills the whole model; expected a shorter one")
+    if params.seconds is not None:
+        count = max(1, round(params.seconds * tokens_per_second))
+        if params.max_tokens is not None:
+            count = min(count, params.max_tokens)
+        if count > room:
+            raise UserError(
+                f"seconds: {params.seconds:g} s are {count} tokens, but this prompt leaves room for {room} "
+                f"({room / tokens_per_second:.1f} s); ask for less or shorten the prompt"
+            )
+        return count, count
+    most = min(round(TRAINED_SECONDS * tokens_per_second), room, params.max_tokens or room)
+    return min(most, round(float(defaults.get("min_seconds", 0.0)) * tokens_per_second)), most
