@@ -297,6 +297,23 @@ def find_model(path_or_id: str | Path | None) -> Path:
         ) from error
 
 
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = parse_json((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+    except OSError as error:
+        raise UserError(f"{folder} is no kinetok model: cannot read {MANIFEST} ({error.strerror or error})") from error
+    if manifest.get("format") != "kinetok-model" or manifest.get("version") != VERSION:
+        got = f"{manifest.get('format')!r} version {manifest.get('version')!r}"
+        raise UserError(f"{folder / MANIFEST}: expected the format 'kinetok-model' version {VERSION}, got {got[:80]}")
+    return manifest
+
+
+def read_text_encoder(path_or_id: str | Path | None = None) -> dict[str, Any]:
+    """The text encoder that a model names, without loading the model."""
+    folder = find_model(path_or_id)
+    return _section(_read_manifest(folder), "text_encoder", folder)
+
+
 def load_pretrained(
     path_or_id: str | Path | None = None, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> ModelBundle:
@@ -307,13 +324,7 @@ def load_pretrained(
     unless dtype is "stored". Raises ``UserError`` for anything that is not an intact model.
     """
     folder = find_model(path_or_id)
-    try:
-        manifest = parse_json((folder / MANIFEST).read_bytes(), folder / MANIFEST)
-    except OSError as error:
-        raise UserError(f"{folder} is no kinetok model: cannot read {MANIFEST} ({error.strerror or error})") from error
-    if manifest.get("format") != "kinetok-model" or manifest.get("version") != VERSION:
-        got = f"{manifest.get('format')!r} version {manifest.get('version')!r}"
-        raise UserError(f"{folder / MANIFEST}: expected the format 'kinetok-model' version {VERSION}, got {got[:80]}")
+    manifest = _read_manifest(folder)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     tensors = {name: _read_shards(folder, manifest, name) for name in ("tokenizer", "decoder")}
     stored = {name: widest(value.dtype for value in values.values()) for name, values in tensors.items()}

@@ -1,0 +1,5 @@
+"""``python -m kinetok``."""
+
+from kinetok.cli import main
+
+main()

@@ -1,0 +1,50 @@
+"""What the commands share."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kinetok.errors import UserError
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """One line on standard error, then exit."""
+    print(f"kinetok: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def example(*lines: str) -> str:
+    """The example that a command's help ends with."""
+    return "Example: " + "   or: ".join(f"[bold]{line}[/bold]" for line in lines)
+
+
+def output_folder(path: Path) -> Path:
+    """Make a folder. ``UserError`` when it cannot be one."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
+    return path
+
+
+@contextmanager
+def bar(title: str, *, shown: bool) -> Iterator[Any]:
+    """A progress bar on standard error: yields ``update(done, of, what)``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+
+        def update(done: int, of: int, what: str = title) -> None:
+            progress.update(task, completed=done, total=of, description=what)
+
+        yield update

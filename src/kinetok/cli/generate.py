@@ -1,0 +1,150 @@
+"""``kinetok generate``."""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kinetok.cli.common import bar, example, output_folder, print_json
+from kinetok.errors import UserError
+
+FORMATS = ("bvh", "glb", "npz", "npy", "png", "mp4")
+INDEX = "index.json"
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        epilog=example(
+            'kinetok generate "a person walks forward" -o out', "kinetok generate --prompts prompts.txt -o out --seed 7"
+        )
+    )(generate)
+
+
+def generate(
+    prompt: Annotated[list[str] | None, typer.Argument(help="One sentence a clip.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A UTF-8 file with one sentence a line.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the clips and index.json.")] = Path("out"),
+    formats: Annotated[str, typer.Option("--format", help=f"Comma list of {', '.join(FORMATS)}.")] = "bvh,glb,npz,png",
+    seconds: Annotated[float | None, typer.Option(help="Length of a clip, up to 10.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same motion.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="1 is off.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Cap on the tokens of a clip.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model directory or hub id; the default model without.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the index as JSON.")] = False,
+) -> None:
+    """Sentences to motion files. A clip that is already there with the same settings is kept, so a run can be resumed."""
+    began = time.perf_counter()
+    from kinetok.model.text import check_prompt, read_prompts
+    from kinetok.runtime.sampling import SamplingParams
+
+    suffixes = _formats(formats)
+    params = SamplingParams(
+        seconds=seconds,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance=guidance,
+        max_tokens=max_tokens,
+    )
+    texts = [check_prompt(text) for text in prompt or ()] + (read_prompts(prompts) if prompts is not None else [])
+    if not texts:
+        raise UserError("nothing to generate: give a sentence, or a file of sentences with --prompts")
+    folder = output_folder(out)
+    index = _read_index(folder / INDEX)
+    settings = {"model": model or "default", **asdict(params)}
+    jobs = [(text, _stem(number, text), number) for number, text in enumerate(texts)]
+    todo = [job for job in jobs if not _done(folder, index.get(job[1]), job[0], settings, suffixes)]
+    stages = {"start": time.perf_counter() - began, "load": 0.0, "generate": 0.0, "write": 0.0}
+    made = 0.0
+    if todo:
+        from kinetok.runtime import load
+
+        mark = time.perf_counter()
+        engine = load(model, device, dtype)
+        stages["load"] = time.perf_counter() - mark
+        with bar("generating", shown=not as_json) as update:
+            for done, (text, stem, number) in enumerate(todo):
+                mark = time.perf_counter()
+                # Each line is its own request with its own seed, so a line's clip does not depend on the lines before.
+                motion = engine.generate(text, params, seed=(seed + number) % 2**64)[0]
+                stages["generate"] += time.perf_counter() - mark
+                mark = time.perf_counter()
+                files = [f"{stem}.{suffix}" for suffix in suffixes]
+                for name in files:
+                    motion.save(folder / name)
+                made += motion.duration
+                index[stem] = {
+                    "prompt": text,
+                    "settings": settings,
+                    "seed": seed + number,
+                    "frames": len(motion),
+                    "duration_s": round(motion.duration, 3),
+                    "files": files,
+                }
+                _write_index(folder / INDEX, index)
+                stages["write"] += time.perf_counter() - mark
+                update(done + 1, len(todo), text[:50])
+    entries = [{"name": stem, **index[stem]} for _, stem, _ in jobs]
+    if as_json:
+        print_json({"clips": entries, "stages_s": stages, "generated_s": made})
+        return
+    fresh = {stem for _, stem, _ in todo}
+    for entry in entries:
+        state = "wrote" if entry["name"] in fresh else "kept "
+        print(f'{state} "{entry["prompt"]}"  {entry["duration_s"]} s')
+        for name in entry["files"]:
+            print(f"      {folder / name}")
+    print("  ".join(f"{stage} {seconds_:.2f} s" for stage, seconds_ in stages.items()))
+    if made:
+        print(f"real-time factor {made / stages['generate']:.1f} ({made:.1f} s of motion in {stages['generate']:.2f} s)")
+
+
+def _formats(text: str) -> list[str]:
+    suffixes = [part.strip().lstrip(".").lower() for part in text.split(",") if part.strip()]
+    unknown = [suffix for suffix in suffixes if suffix not in FORMATS]
+    if unknown or not suffixes:
+        raise UserError(f"--format: expected a comma list of {', '.join(FORMATS)}, got {text!r}")
+    return list(dict.fromkeys(suffixes))
+
+
+def _stem(number: int, text: str) -> str:
+    words = "-".join("".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split())[:40].strip("-")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    return f"{number:03d}-{words or 'clip'}-{digest}"
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        clips = json.loads(path.read_text(encoding="utf-8"))["clips"]
+        return {str(stem): dict(entry) for stem, entry in clips.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: expected the index of an earlier run; move it away or name another folder") from error
+
+
+def _write_index(path: Path, index: dict[str, Any]) -> None:
+    from kinetok.files import whole_file
+
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps({"version": 1, "clips": index}, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _done(folder: Path, entry: Any, text: str, settings: dict[str, Any], suffixes: list[str]) -> bool:
+    return (
+        entry is not None
+        and entry.get("prompt") == text
+        and entry.get("settings") == settings
+        and all(name.rpartition(".")[0] and (folder / name).exists() for name in entry.get("files", []))
+        and {name.rpartition(".")[2] for name in entry.get("files", [])} >= set(suffixes)
+    )
