@@ -78,7 +78,7 @@ class _Film:
         self.target = _smooth(self.root * [1, 0, 1], round(0.4 * motion.fps))
         # Room for a jump or for raised arms, and no closer than a standing person needs.
         tall = max(2.1, float(self.body.points[..., 1].max()) + 0.3)
-        self.scale = 0.78 * VIDEO_SIZE[1] / tall
+        self.scale = 0.88 * VIDEO_SIZE[1] / tall
         self.middle = self.camera.axes[1] * (tall / 2 - 0.16)
 
     def picture(self, frame: int) -> Any:
