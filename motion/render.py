@@ -21,7 +21,7 @@ def _need_pillow(purpose: str) -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError as error:
-        raise missing_package("pillow", "render", purpose) from error
+        raise missing_package("pillow", "files", purpose) from error
 
 
 def save_png(motion: "Motion", path: str | Path) -> None:
@@ -47,7 +47,7 @@ def save_mp4(motion: "Motion", path: str | Path, *, progress: Callable[[int, int
     try:
         import imageio_ffmpeg
     except ImportError as error:
-        raise missing_package("imageio-ffmpeg", "render", "a film (.mp4)") from error
+        raise missing_package("imageio-ffmpeg", "files", "a film (.mp4)") from error
 
     film = _Film(motion)
     with whole_file(path) as temporary:

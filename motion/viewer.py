@@ -4,17 +4,15 @@ import threading
 import time
 import webbrowser
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kinetok.errors import UserError, missing_package
+from kinetok.motion.motion import Motion
 from kinetok.motion.render_figure import FACE, LIMBS, METRE, PATH, Body, Doubles
 from kinetok.motion.skeleton import JOINT_NAMES
-
-if TYPE_CHECKING:
-    from kinetok.motion.motion import Motion
 
 SPEEDS = {"0.1x": 0.1, "0.25x": 0.25, "0.5x": 0.5, "1x": 1.0, "2x": 2.0}
 STANDING = (64, 176, 90)
@@ -36,14 +34,14 @@ def _tube(sides: int = 16) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
     i = np.arange(sides)
     j = (i + 1) % sides
     faces = np.concatenate([np.stack([i, i + sides, j], 1), np.stack([j, i + sides, j + sides], 1)])
-    return np.concatenate([ring, ring + [0, 1, 0]]).astype(np.float32), faces.astype(np.uint32)
+    return np.concatenate([ring, ring * [1, -1, 1]]).astype(np.float32), faces.astype(np.uint32)
 
 
 def _ball(rows: int = 9, sides: int = 16) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
     """Vertices and faces of a sphere of radius 1."""
     a, t = np.meshgrid(np.linspace(0, np.pi, rows), np.linspace(0, 2 * np.pi, sides, endpoint=False), indexing="ij")
     points = np.stack([np.sin(a) * np.cos(t), np.cos(a), np.sin(a) * np.sin(t)], -1).reshape(-1, 3)
-    row, i = (x.ravel() * 1 for x in np.meshgrid(np.arange(rows - 1), np.arange(sides), indexing="ij"))
+    row, i = (x.ravel() for x in np.meshgrid(np.arange(rows - 1), np.arange(sides), indexing="ij"))
     p, q = row * sides + i, row * sides + (i + 1) % sides
     faces = np.concatenate([np.stack([p, q, p + sides], 1), np.stack([q, q + sides, p + sides], 1)])
     return points.astype(np.float32), faces.astype(np.uint32)
@@ -60,7 +58,7 @@ def _from_y(direction: Doubles) -> NDArray[np.float32]:
 class _Figure:
     """One motion in the scene: a batch of tubes, a batch of balls and its path, ``shift`` metres along X."""
 
-    def __init__(self, server: Any, name: str, motion: "Motion", shift: float) -> None:
+    def __init__(self, server: Any, name: str, motion: Motion, shift: float) -> None:
         self.motion = motion
         self.points = Body.of(motion).points + np.array([shift, 0.0, 0.0])
         length = np.linalg.norm(self.points[0, _B] - self.points[0, _A], axis=1)
@@ -123,7 +121,7 @@ class _Figure:
 class Player:
     """The scene and its controls. ``show(frame)`` goes to a frame of the first motion; ``step(seconds)`` plays on."""
 
-    def __init__(self, server: Any, motions: Sequence["Motion"]) -> None:
+    def __init__(self, server: Any, motions: Sequence[Motion]) -> None:
         self.server, self.fps = server, motions[0].fps
         self.duration = max(motion.duration for motion in motions)
         self.frames = max(1, round(self.duration * self.fps))
@@ -138,7 +136,7 @@ class Player:
         """The frame on show, counted at the first motion's rate."""
         return min(int(self.seconds * self.fps + 1e-6), self.frames - 1)
 
-    def _build_scene(self, motions: Sequence["Motion"]) -> None:
+    def _build_scene(self, motions: Sequence[Motion]) -> None:
         server = self.server
         server.scene.set_up_direction("+y")
         self.stage = server.scene.add_frame("/stage", show_axes=False)
@@ -246,16 +244,16 @@ class Player:
         return "\n\n".join(lines)
 
 
-def build(server: Any, motion: "Motion | Sequence[Motion]") -> Player:
+def build(server: Any, motion: Motion | Sequence[Motion]) -> Player:
     """Fill a ``viser.ViserServer`` with one motion, or several side by side, and their controls; does not block."""
-    motions = list(motion) if isinstance(motion, Sequence) and not hasattr(motion, "joints") else [motion]
+    motions = [motion] if isinstance(motion, Motion) else list(motion)
     if not motions:
         raise UserError("the viewer needs at least one motion, got none")
     return Player(server, motions)
 
 
 def view(
-    motion: "Motion | Sequence[Motion]", host: str = "127.0.0.1", port: int = 8080, open_browser: bool = True
+    motion: Motion | Sequence[Motion], host: str = "127.0.0.1", port: int = 8080, open_browser: bool = True
 ) -> None:
     """Show motions in a browser until interrupted (Ctrl-C). Needs viser; a port in use is replaced by a free one.
 
@@ -264,7 +262,7 @@ def view(
     try:
         import viser
     except ImportError as error:
-        raise missing_package("viser", "view", "the viewer") from error
+        raise missing_package("viser", "viewer", "the viewer") from error
     try:
         server = viser.ViserServer(host=host, port=port)
     except (OSError, OverflowError) as error:
