@@ -16,6 +16,7 @@ from kinetok.model.config import TokenizerConfig
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.text_minilm import MiniLM
 from kinetok.model.tokenizer import MotionTokenizer
+from kinetok.motion.skeleton import CANONICAL_OFFSETS
 from kinetok.train.data.store import Clip, mirror_words, read_clips
 from kinetok.train.loop import fit
 from kinetok.train.recipes import DecoderRecipe, decoder_recipe
@@ -74,7 +75,7 @@ class DecoderTask:
         }
         captions = {caption for clip in clips for caption in clip.captions}
         captions |= {mirror_words(caption) for caption in captions}
-        wanted = sorted({"", *(variant for caption in captions for variant in other_subjects(caption))})
+        wanted = sorted({"", *captions, *(variant for caption in captions for variant in other_subjects(caption))})
         self.text = dict(zip(wanted, MiniLM(pooled_scale=TEXT_ENCODER["pooled_scale"]).encode(wanted), strict=True))
         self.weights = draw_weights(self.train, recipe.balance)
         self.module = MotionDecoder(recipe.model)
@@ -174,6 +175,7 @@ def train(
         decoder=task.module.eval(),
         mean=mean.numpy(),
         std=std.numpy(),
+        skeleton_offsets=CANONICAL_OFFSETS,
         text_encoder=TEXT_ENCODER,
         sampling={"temperature": 1.0, "top_p": 0.9, "guidance": 2.5, "min_seconds": 2.0},
         provenance={

@@ -33,6 +33,7 @@ SIDED = {
 MIDDLE = {"pelvis": ("pelvis", "hips", "hip", "root"), "neck": ("neck", "neck1", "lowerneck"), "head": ("head",)}
 NEEDED = ("pelvis", *(f"{s}_{j}" for s in ("left", "right") for j in ("hip", "knee", "ankle", "shoulder", "elbow")))
 LIMBS = {"hip": "knee", "knee": "ankle", "ankle": "foot", "shoulder": "elbow", "elbow": "wrist"}
+NECK = CANONICAL_OFFSETS[JOINT_NAMES.index("head")]
 AT = {name: joint for joint, name in enumerate(JOINT_NAMES)}
 
 
@@ -178,8 +179,18 @@ def _depth_first() -> list[int]:
 
 
 def _t_pose(rest: NDArray, found: dict[str, int]) -> dict[str, NDArray[np.float64]]:
-    """For each limb joint, the swing of its rest bone onto the T-pose's."""
+    """For each limb, the spine and the neck, the swing of its rest bone onto the T-pose's."""
     swings: dict[str, NDArray[np.float64]] = {}
+    spine = [name for name in ("spine1", "spine2", "spine3", "neck", "head") if name in found]
+    for part, upright in ((("spine1", "spine2", "spine3"), np.array([0.0, 1, 0])), (("neck",), np.array(NECK))):
+        bones = [name for name in part if name in found]
+        if bones and bones[0] != spine[-1]:
+            top = spine[spine.index(bones[-1]) + 1]
+            bone = rest[found[top]] - rest[found[bones[0]]]
+            if np.linalg.norm(bone) > 1e-6:
+                swings.update(dict.fromkeys(bones, _swing(bone, upright)))
+    if "neck" in swings and "head" in found:
+        swings["head"] = swings["neck"]
     for side in ("left", "right"):
         for joint, child in LIMBS.items():
             name, end = f"{side}_{joint}", f"{side}_{child}"
