@@ -1,5 +1,7 @@
 """``kinetok view``: motions in a browser (viser), with play, pause, scrub, speed and loop."""
 
+import errno
+import socket
 import threading
 import time
 import webbrowser
@@ -263,17 +265,32 @@ def view(
         import viser
     except ImportError as error:
         raise missing_package("viser", "viewer", "the viewer") from error
-    try:
-        server = viser.ViserServer(host=host, port=port)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot serve the viewer at {host}:{port}: {error}; choose another host or port") from error
+    _check_address(host, port)
+    server = viser.ViserServer(host=host, port=port)
     try:
         player = build(server, motion)
         if open_browser:
-            webbrowser.open(f"http://{host}:{server.get_port()}")
+            shown = "localhost" if host == "0.0.0.0" else host
+            webbrowser.open(f"http://{shown}:{server.get_port()}")
         run(player)
     finally:
         server.stop()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Viser waits for ever on an address it cannot serve, so try it first; a port in use is no error."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"port: expected a number from 1 to 65535, got {port}")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            reason = error.strerror or error
+            raise UserError(
+                f"cannot serve the viewer at {host}:{port}: {reason}; choose another host or port"
+            ) from error
 
 
 def run(player: Player) -> None:

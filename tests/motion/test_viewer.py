@@ -134,3 +134,23 @@ def test_an_interrupt_ends_the_run(clean, monkeypatch):
 
     monkeypatch.setattr(player, "step", interrupt)
     viewer.run(player)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "message"),
+    [
+        ("203.0.113.1", 8080, "cannot serve the viewer at 203.0.113.1:8080"),
+        ("127.0.0.1", 80_000, "from 1 to 65535"),
+        ("127.0.0.1", 0, "from 1 to 65535"),
+    ],
+)
+def test_addresses_that_cannot_be_served(host, port, message):
+    with pytest.raises(UserError, match=message):
+        viewer.view(clip(), host=host, port=port, open_browser=False)
+
+
+def test_a_port_in_use_is_replaced(server, monkeypatch):
+    ports = []
+    monkeypatch.setattr(viewer, "run", lambda player: ports.append(player.server.get_port()))
+    viewer.view(clip(), port=server.get_port(), open_browser=False)
+    assert ports and ports[0] != server.get_port()
