@@ -13,17 +13,24 @@ from numpy.typing import NDArray
 
 from kinetok.errors import UserError, missing_package
 from kinetok.motion.motion import Motion
-from kinetok.motion.render_figure import FACE, LIMBS, METRE, PATH, Body, Doubles
+from kinetok.motion.render_figure import FACE, GRID, LIMBS, PATH, STAGE, Body, Colour, Doubles
 from kinetok.motion.skeleton import JOINT_NAMES
 
 SPEEDS = {"0.1x": 0.1, "0.25x": 0.25, "0.5x": 0.5, "1x": 1.0, "2x": 2.0}
-STANDING = (64, 176, 90)
+STANDING = (0, 90, 16)
 SPACING = 1.6  # metres between motions shown side by side
+
+
+def _linear(colour: Colour) -> Colour:
+    """Viser lights the colours of batched meshes as they are; without this they come out pale."""
+    r, g, b = (round(255 * (c / 255) ** 2.2) for c in colour)
+    return r, g, b
+
 
 _A = np.array([limb[0] for limb in LIMBS])
 _B = np.array([limb[1] for limb in LIMBS])
 _RADII = np.array([limb[2:4] for limb in LIMBS])
-_COLOURS = np.array([limb[4] for limb in LIMBS], dtype=np.uint8)
+_COLOURS = np.array([_linear(limb[4]) for limb in LIMBS], dtype=np.uint8)
 # Limbs that turn green, in the order of Motion.contacts: heel to foot and foot to toe of the left, then the right.
 _SOLES = [i for i, limb in enumerate(LIMBS) if limb[1] in (10, 11) or limb[0] in (10, 11)]
 _NOSE = 23
@@ -76,7 +83,7 @@ class _Figure:
             batched_colors=_COLOURS,
             lod="off",
         )
-        self.ball_colours = np.concatenate([_COLOURS, _COLOURS, np.array([FACE], dtype=np.uint8)])
+        self.ball_colours = np.concatenate([_COLOURS, _COLOURS, np.array([_linear(FACE)], dtype=np.uint8)])
         self.balls = scene.add_batched_meshes_simple(
             f"{name}/joints",
             *_ball(),
@@ -143,7 +150,15 @@ class Player:
         server.scene.set_up_direction("+y")
         self.stage = server.scene.add_frame("/stage", show_axes=False)
         server.scene.add_grid(
-            "/stage/floor", 60.0, 60.0, plane="xz", cell_size=0.5, section_size=1.0, section_color=METRE
+            "/stage/floor",
+            60.0,
+            60.0,
+            plane="xz",
+            cell_size=0.5,
+            cell_color=STAGE,
+            section_size=1.0,
+            section_color=GRID,
+            fade_distance=30.0,
         )
         self.figures = [
             _Figure(server, f"/stage/motion{i}", motion, SPACING * (i - (len(motions) - 1) / 2))
@@ -155,7 +170,7 @@ class Player:
             server.scene.add_label(f"/stage/name/{name}", name, visible=False, font_screen_scale=0.8)
             for name in JOINT_NAMES
         ]
-        wide = 3.2 + SPACING * (len(motions) - 1)
+        wide = 2.2 + SPACING * (len(motions) - 1)
         server.initial_camera.position = (0.55 * wide, 0.6 * wide, wide)
         server.initial_camera.look_at = (0.0, 0.9, 0.0)
 
