@@ -87,8 +87,11 @@ class PromptBank:
             and offsets.shape == (len(prompts) + 1,)
         )
         lengths = offsets.diff().tolist() if whole else []
-        if not whole or int(offsets[0]) or int(offsets[-1]) != len(features) or not all(
-            1 <= length <= MAX_FEATURES for length in lengths
+        if (
+            not whole
+            or int(offsets[0])
+            or int(offsets[-1]) != len(features)
+            or not all(1 <= length <= MAX_FEATURES for length in lengths)
         ):
             raise UserError(f"{path}: damaged prompt bank: its features, offsets and prompts do not fit together")
         parts = dict(zip(prompts, features.float().split(lengths), strict=True))
@@ -115,5 +118,7 @@ class BankedEncoder:
         if self._encoder is None:
             self._encoder = text_encoder(self.spec)
             if self._encoder.dim != self.dim:
-                raise UserError(f"text encoder {self.name}: expected {self.dim} numbers a token, got {self._encoder.dim}")
+                raise UserError(
+                    f"text encoder {self.name}: expected {self.dim} numbers a token, got {self._encoder.dim}"
+                )
         return self._encoder.encode([text])[0]

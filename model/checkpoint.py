@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.kernels.kinematics import forward_kinematics
@@ -170,7 +170,7 @@ def read_stats_file(path: str | Path, name: str) -> np.ndarray:
 
 @torch.no_grad()
 def estimate_offsets(
-    tokenizer: nn.Module, mean: np.ndarray, std: np.ndarray, tokens: Tensor | None = None
+    tokenizer: MotionTokenizer, mean: np.ndarray, std: np.ndarray, tokens: Tensor | None = None
 ) -> np.ndarray:
     """Rest offsets ``[22, 3]`` in metres of the body that a tokenizer decodes to (section 9).
 

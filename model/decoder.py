@@ -71,7 +71,9 @@ class MotionDecoder(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.text_proj = nn.Linear(config.text_dim, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
+            Block(config) for _ in range(config.n_layer)
+        )
         self.norm = RMSNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.head_rows, bias=False)
         if config.tie_weights:

@@ -81,9 +81,9 @@ def build(make: Callable[[], Module], device: torch.device | str, dtype: torch.d
             if id(value) not in made:
                 made[id(value)] = nn.Parameter(torch.empty_like(value, device=device, dtype=dtype))
             setattr(owner, name, made[id(value)])
-        for name, value in list(owner.named_buffers(recurse=False)):
+        for name, buffer in list(owner.named_buffers(recurse=False)):
             # Only the running statistics of a batch norm are buffers, and they are loaded like weights.
-            setattr(owner, name, torch.empty_like(value, device=device))
+            setattr(owner, name, torch.empty_like(buffer, device=device))
     return module.eval()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -120,8 +120,8 @@ class _Machine:
         stack: list[Any] = []
         marks: list[list[Any]] = []
         memo: dict[int, Any] = {}
-        for opcode, argument, _ in pickletools.genops(io.BytesIO(program)):
-            name = opcode.name
+        for opcode, raw, _ in pickletools.genops(io.BytesIO(program)):
+            name, argument = opcode.name, cast(Any, raw)
             if name in _LITERALS:
                 stack.append(argument)
             elif name in _CONSTANTS:

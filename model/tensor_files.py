@@ -150,7 +150,7 @@ class Pieces:
                 if block.numel():
                     with warnings.catch_warnings():
                         warnings.filterwarnings("ignore", message=".*non-writable.*|.*not writable.*")
-                        yield memoryview(block.flatten().view(torch.uint8).numpy())
+                        yield block.flatten().view(torch.uint8).numpy().data
 
 
 def write_safetensors(path: str | Path, tensors: Iterable[Pieces]) -> None:

@@ -59,7 +59,9 @@ def decode_prompt(data: bytes, source: str = "prompt") -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{source}: expected UTF-8 text, got the byte 0x{data[error.start]:02X} at {error.start}") from error
+        raise UserError(
+            f"{source}: expected UTF-8 text, got the byte 0x{data[error.start]:02X} at {error.start}"
+        ) from error
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -4,6 +4,8 @@ Everything is channels-last, ``[B, T, C]``: a convolution is then one matrix pro
 needs no transpose.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +15,7 @@ from kinetok.kernels.fsq import fsq_dequantize, fsq_quantize
 from kinetok.kernels.wavelet import dwt, idwt
 from kinetok.model.config import TokenizerConfig
 
-ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 UP_KERNEL = 3  # the decoder's upsampling convolution, and residual ones of the causal network, ignore kernel_size
 
 
@@ -220,8 +222,10 @@ class MotionTokenizer(nn.Module):
         """Tokens ``[B, n]`` to normalised frames ``[B, n * frames_per_token, 272]``, each row a clip of its own."""
         config = self.config
         if indices.ndim != 2 or indices.shape[1] == 0 or indices.is_floating_point():
-            raise UserError(f"expected integer tokens of shape [B, n], n > 0, got {indices.dtype} {list(indices.shape)}")
-        if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < config.codebook):
+            raise UserError(
+                f"expected integer tokens of shape [B, n], n > 0, got {indices.dtype} {list(indices.shape)}"
+            )
+        if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < config.codebook):
             raise UserError(
                 f"expected tokens from 0 to {config.codebook - 1}, got {int(indices.min())} to {int(indices.max())}"
             )

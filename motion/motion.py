@@ -88,8 +88,10 @@ class Motion:
     @cached_property
     def joints(self) -> Floats:
         """Joint positions ``[T, 22, 3]`` in metres, by forward kinematics."""
-        arrays = (torch.from_numpy(a.astype(np.float64)) for a in (self.rotations, self.root, self.offsets))
-        return forward_kinematics(*arrays, PARENTS)[0].numpy().astype(np.float32)
+        rotations, root, offsets = (
+            torch.from_numpy(array.astype(np.float64)) for array in (self.rotations, self.root, self.offsets)
+        )
+        return forward_kinematics(rotations, root, offsets, PARENTS)[0].numpy().astype(np.float32)
 
     @cached_property
     def contacts(self) -> NDArray[np.bool_]:

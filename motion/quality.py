@@ -122,7 +122,7 @@ def report(motion: "Motion") -> dict[str, float]:
     """All measures of one motion; the keys carry their units."""
     x, fps = motion.joints, motion.fps
     distance, skate, depth = travelled(x), foot_skate(x), penetration_per_frame(x)
-    standing = motion.contacts.reshape(len(motion), 2, 2).any(axis=-1)
+    standing = np.asarray(motion.contacts.reshape(len(motion), 2, 2).any(axis=-1))
     return {
         "frames": float(len(motion)),
         "duration_s": motion.duration,

@@ -85,8 +85,10 @@ class Body:
 
     @classmethod
     def of(cls, motion: "Motion") -> "Body":
-        arrays = (torch.from_numpy(a.astype(np.float64)) for a in (motion.rotations, motion.root, motion.offsets))
-        joints, turns = (x.numpy() for x in forward_kinematics(*arrays, PARENTS))
+        rotations, root, offsets = (
+            torch.from_numpy(a.astype(np.float64)) for a in (motion.rotations, motion.root, motion.offsets)
+        )
+        joints, turns = (x.numpy() for x in forward_kinematics(rotations, root, offsets, PARENTS))
         head = joints[:, 15] + 0.075 * _unit(joints[:, 15] - joints[:, 12])
         extra = [head, head + 0.1 * turns[:, 15, :, 2]]
         extra += [joints[:, w] + 0.1 * _unit(joints[:, w] - joints[:, e]) for e, w in ((18, 20), (19, 21))]

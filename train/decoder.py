@@ -24,7 +24,8 @@ from kinetok.train.tokenizer import draw_weights
 
 SUBJECTS = ("a person", "someone", "a man", "a woman", "the person", "somebody")
 SUBJECT = re.compile(r"^(a|the) (person|man|woman|human|figure)\b|^(someone|somebody)\b", re.IGNORECASE)
-TEXT_ENCODER = {"type": "minilm", "name": MiniLM.name, "pooled_scale": 10.0}
+POOLED_SCALE = 10.0
+TEXT_ENCODER = {"type": "minilm", "name": MiniLM.name, "pooled_scale": POOLED_SCALE}
 IGNORED = -100
 
 
@@ -76,7 +77,7 @@ class DecoderTask:
         captions = {caption for clip in clips for caption in clip.captions}
         captions |= {mirror_words(caption) for caption in captions}
         wanted = sorted({"", *captions, *(variant for caption in captions for variant in other_subjects(caption))})
-        self.text = dict(zip(wanted, MiniLM(pooled_scale=TEXT_ENCODER["pooled_scale"]).encode(wanted), strict=True))
+        self.text = dict(zip(wanted, MiniLM(pooled_scale=POOLED_SCALE).encode(wanted), strict=True))
         self.weights = draw_weights(self.train, recipe.balance)
         self.module = MotionDecoder(recipe.model)
         initialise(self.module)

@@ -37,7 +37,8 @@ class LoopConfig:
 class Task(Protocol):
     """What is trained: ``module`` holds the parameters, ``loss`` draws a batch, ``validate`` judges a module."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
         """Named losses of one batch; "loss" is the one to minimise."""
@@ -119,7 +120,9 @@ def fit(task: Task, config: LoopConfig, run: str | Path, *, resume: bool = False
     if resume and last.exists():
         state = torch.load(last, weights_only=True)
         if state["identity"] != identity:
-            raise UserError(f"{run}: this run was made with another recipe or other data; name another folder with --out")
+            raise UserError(
+                f"{run}: this run was made with another recipe or other data; name another folder with --out"
+            )
         task.module.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])

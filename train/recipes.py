@@ -67,7 +67,7 @@ TOKENIZER_RECIPES = {"mini": mini_tokenizer}
 DECODER_RECIPES = {"mini": mini_decoder}
 
 
-def _named(kind: str, table: dict, name: str):  # type: ignore[no-untyped-def, type-arg]
+def _named(kind: str, table: dict, name: str):  # type: ignore[no-untyped-def]
     if name not in table:
         raise UserError(f"unknown {kind} recipe {name!r}: expected one of {sorted(table)}")
     return table[name]()

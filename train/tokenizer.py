@@ -91,7 +91,7 @@ class TokenizerTask:
         recipe = self.recipe
         frames = recipe.short_window if rng.random() < recipe.short_share else recipe.window
         batch = recipe.batch * recipe.window // frames
-        windows = []
+        windows: list[Tensor] = []
         while len(windows) < batch:
             side = self.sides[rng.choice(len(self.sides), p=self.weights)][rng.integers(2)]
             if len(side) >= frames:

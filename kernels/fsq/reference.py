@@ -45,8 +45,10 @@ def fsq_quantize(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     _, _, _, width, _ = _constants(tuple(levels))
     bounded = fsq_bound(z, levels)
     rounded = bounded.detach().round()
-    codes = (bounded + (rounded - bounded).detach()) / bounded.new_tensor(width) if bounded.requires_grad else (
-        rounded / bounded.new_tensor(width)
+    codes = (
+        (bounded + (rounded - bounded).detach()) / bounded.new_tensor(width)
+        if bounded.requires_grad
+        else (rounded / bounded.new_tensor(width))
     )
     return codes, codes_to_indices(rounded / bounded.new_tensor(width), levels)
 

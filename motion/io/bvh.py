@@ -86,13 +86,19 @@ def _check(path: Path, data: bytes) -> None:
         raise UserError(f"{path}: expected a BVH file (it starts with HIERARCHY), got {text[:20].strip()!r}")
     header = HEADER.search(text)
     if header is None:
-        raise UserError(f"{path}: expected 'MOTION', 'Frames:' and 'Frame Time:', but the file ends before or lacks them")
+        raise UserError(
+            f"{path}: expected 'MOTION', 'Frames:' and 'Frame Time:', but the file ends before or lacks them"
+        )
     try:
         frames, seconds = int(header[1]), float(header[2])
     except ValueError as error:
-        raise UserError(f"{path}: expected a frame count and a frame time, got {header[1]!r} and {header[2]!r}") from error
+        raise UserError(
+            f"{path}: expected a frame count and a frame time, got {header[1]!r} and {header[2]!r}"
+        ) from error
     if not 0 < frames <= MAX_FRAMES or not 1e-4 <= seconds <= 10:
-        raise UserError(f"{path}: expected 1 to {MAX_FRAMES} frames and a frame time in seconds, got {frames} and {seconds}")
+        raise UserError(
+            f"{path}: expected 1 to {MAX_FRAMES} frames and a frame time in seconds, got {frames} and {seconds}"
+        )
     tree = text[: header.start()]
     joints = len(re.findall(r"\b(?:JOINT|ROOT)\b", tree, re.IGNORECASE))
     depth = deepest = 0
@@ -102,7 +108,9 @@ def _check(path: Path, data: bytes) -> None:
         if depth < 0:
             break
     if depth or not 0 < joints <= MAX_JOINTS or deepest > MAX_DEPTH:
-        raise UserError(f"{path}: expected a closed tree of at most {MAX_JOINTS} joints, got {joints}, or braces do not match")
+        raise UserError(
+            f"{path}: expected a closed tree of at most {MAX_JOINTS} joints, got {joints}, or braces do not match"
+        )
     channels = sum(int(count) for count in re.findall(r"\bCHANNELS\s+(\d{1,3})\b", tree, re.IGNORECASE))
     try:
         values = np.array(text[header.end() :].split(), dtype=np.float64)

@@ -130,17 +130,13 @@ def save_glb(motion: Motion, path: str | Path) -> None:
         target = lib.AnimationChannelTarget(node=joint, path="rotation")
         channels.append(lib.AnimationChannel(sampler=joint, target=target))
     samplers.append(lib.AnimationSampler(input=times, output=buffer.add(motion.root, FLOAT, "VEC3")))
-    channels.append(
-        lib.AnimationChannel(sampler=JOINTS, target=lib.AnimationChannelTarget(node=0, path="translation"))
-    )
+    channels.append(lib.AnimationChannel(sampler=JOINTS, target=lib.AnimationChannelTarget(node=0, path="translation")))
 
     nodes = []
     for joint, name in enumerate(JOINT_NAMES):
         children = [child for child, parent in enumerate(PARENTS) if parent == joint]
         place = motion.root[0] if joint == 0 else motion.offsets[joint]
-        nodes.append(
-            lib.Node(name=name, children=children, translation=place.tolist(), rotation=q[0, joint].tolist())
-        )
+        nodes.append(lib.Node(name=name, children=children, translation=place.tolist(), rotation=q[0, joint].tolist()))
     nodes.append(lib.Node(name="figure", mesh=0, skin=0))
     pbr = lib.PbrMetallicRoughness(baseColorFactor=COLOUR, metallicFactor=0.0, roughnessFactor=0.8)
     document = lib.GLTF2(
@@ -196,4 +192,6 @@ def load_glb(path: Path, data: bytes) -> Motion:
     except UserError:
         raise
     except (struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: expected a GLB written by kinetok, but it is damaged ({type(error).__name__})") from error
+        raise UserError(
+            f"{path}: expected a GLB written by kinetok, but it is damaged ({type(error).__name__})"
+        ) from error

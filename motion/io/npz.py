@@ -41,7 +41,9 @@ def load_numpy(path: Path, data: bytes) -> Motion:
                 raise UserError(f"{path}: expected features [T, {FEATURES}], got {content.dtype} {list(content.shape)}")
             return _checked(path, lambda: Motion.from_features(content))
         with content:
-            fields = {name: content[name] for name in ("rotations", "root", "offsets", "fps", "text") if name in content}
+            fields = {
+                name: content[name] for name in ("rotations", "root", "offsets", "fps", "text") if name in content
+            }
     except UserError:
         raise
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:

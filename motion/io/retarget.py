@@ -6,6 +6,7 @@ pose after that pose has been swung into an exact T-pose. Positions are not fitt
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,7 +130,10 @@ def retarget(source: Source, fps: float) -> Motion:
     found = _match(source)
     axes = _axes(rest, found)
     rest = rest @ axes.T
-    length = [np.linalg.norm(rest[found[a]] - rest[found[b]]) for a, b in (("left_hip", "left_knee"), ("left_knee", "left_ankle"))]
+    length = [
+        np.linalg.norm(rest[found[a]] - rest[found[b]])
+        for a, b in (("left_hip", "left_knee"), ("left_knee", "left_ankle"))
+    ]
     if min(length) <= 0:
         raise UserError("the left leg of the rest pose has no length")
     own = list(source.names) == [JOINT_NAMES[joint] for joint in _depth_first()]
@@ -181,14 +185,15 @@ def _depth_first() -> list[int]:
 def _t_pose(rest: NDArray, found: dict[str, int]) -> dict[str, NDArray[np.float64]]:
     """For each limb, the spine and the neck, the swing of its rest bone onto the T-pose's."""
     swings: dict[str, NDArray[np.float64]] = {}
-    spine = [name for name in ("spine1", "spine2", "spine3", "neck", "head") if name in found]
-    for part, upright in ((("spine1", "spine2", "spine3"), np.array([0.0, 1, 0])), (("neck",), np.array(NECK))):
+    spine: list[str] = [name for name in ("spine1", "spine2", "spine3", "neck", "head") if name in found]
+    parts: list[tuple[list[str], tuple[float, ...]]] = [(["spine1", "spine2", "spine3"], (0, 1, 0)), (["neck"], NECK)]
+    for part, upright in parts:
         bones = [name for name in part if name in found]
         if bones and bones[0] != spine[-1]:
             top = spine[spine.index(bones[-1]) + 1]
             bone = rest[found[top]] - rest[found[bones[0]]]
             if np.linalg.norm(bone) > 1e-6:
-                swings.update(dict.fromkeys(bones, _swing(bone, upright)))
+                swings.update(dict.fromkeys(bones, _swing(bone, np.array(upright))))
     if "neck" in swings and "head" in found:
         swings["head"] = swings["neck"]
     for side in ("left", "right"):
@@ -212,7 +217,7 @@ def _positions(source: Source, globals_: NDArray, axes: NDArray, pelvis: int) ->
     """The path ``[T, 3]`` of the joint matched with the pelvis, in our axes and the file's unit."""
     path = source.root @ axes.T
     chain = _ancestors(source, pelvis)
-    for parent, joint in zip(chain, chain[1:], strict=False):
+    for parent, joint in pairwise(chain):
         path = path + globals_[:, parent] @ (axes @ source.offsets[joint])
     return path
 

@@ -78,7 +78,9 @@ class _Recordings:
     def __init__(self, path: Path) -> None:
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in ("trial", "start", "length", "skeleton", "rot", "trans", "offsets")}
+                arrays = {
+                    name: file[name] for name in ("trial", "start", "length", "skeleton", "rot", "trans", "offsets")
+                }
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: expected recordings in the form of data/cmu/README.md, but {error}") from error
         self.rows: Mapping[str, int] = {str(name): row for row, name in enumerate(arrays["trial"])}

@@ -1,5 +1,8 @@
 """The command line: thin commands over the rooms, one line and exit code 2 for what a user can mend."""
 
+import errno
+import io
+import os
 import sys
 from typing import Any
 
@@ -8,6 +11,8 @@ import typer
 from kinetok.cli import convert, doctor, embed, generate, importing, training, view
 from kinetok.cli.common import fail
 from kinetok.errors import UserError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="kinetok",
@@ -26,11 +31,28 @@ USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__na
 
 def main() -> None:
     """Run the command line; exits with 0, 2 for a user's error, 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A console that lacks a prompt's letters shows them as escapes; it is no reason to stop.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False, prog_name="kinetok") or 0
+        sys.stdout.flush()
     except UserError as error:
         fail(str(error))
     except (typer.Abort, KeyboardInterrupt):
-        fail("interrupted", 130)
+        code = INTERRUPTED
     except USAGE_ERROR as error:
+        # A command without arguments shows its help and has no message.
+        if not error.format_message():
+            sys.exit(2)
         fail(f"{error.format_message()} Try --help.")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        # Python would try to write the rest once more at exit, and report that as a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail(f"cannot write: {error.strerror}")
+    # typer turns an interrupt into this code itself, without a word.
+    if code == INTERRUPTED:
+        fail("interrupted", INTERRUPTED)
+    sys.exit(code)

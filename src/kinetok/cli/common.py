@@ -21,8 +21,8 @@ def print_json(value: Any) -> None:
 
 
 def example(*lines: str) -> str:
-    """The example that a command's help ends with."""
-    return "Example: " + "   or: ".join(f"[bold]{line}[/bold]" for line in lines)
+    """The example that a command's help ends with; a blank line is what the help keeps as a line break."""
+    return "\n\n".join(("Examples:" if len(lines) > 1 else "Example:", *(f"[bold]{line}[/bold]" for line in lines)))
 
 
 def output_folder(path: Path) -> Path:

@@ -10,7 +10,9 @@ from kinetok.errors import UserError
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog=example("kinetok convert walk.bvh walk.glb", "kinetok convert walk.npz walk.bvh --up Z"))(convert)
+    app.command(epilog=example("kinetok convert walk.bvh walk.glb", "kinetok convert walk.npz walk.bvh --up Z"))(
+        convert
+    )
 
 
 def convert(

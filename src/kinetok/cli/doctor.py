@@ -65,7 +65,9 @@ def _report() -> dict[str, Any]:
         "kinetok": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.processor() or platform.machine()}); no CUDA",
+        "device": torch.cuda.get_device_name()
+        if cuda
+        else f"cpu ({platform.processor() or platform.machine()}); no CUDA",
         "threads": torch.get_num_threads(),
         "attention": "torch scaled_dot_product_attention; no other backend in this version",
         "packages": {name: {"version": version(name), "for": use} for name, use in PACKAGES.items()},

@@ -106,7 +106,9 @@ def generate(
             print(f"      {folder / name}")
     print("  ".join(f"{stage} {seconds_:.2f} s" for stage, seconds_ in stages.items()))
     if made:
-        print(f"real-time factor {made / stages['generate']:.1f} ({made:.1f} s of motion in {stages['generate']:.2f} s)")
+        print(
+            f"real-time factor {made / stages['generate']:.1f} ({made:.1f} s of motion in {stages['generate']:.2f} s)"
+        )
 
 
 def _formats(text: str) -> list[str]:

@@ -15,7 +15,9 @@ THREADS = typer.Option(help="CPU threads; torch's choice without.", min=1)
 def register(app: typer.Typer) -> None:
     train = typer.Typer(help="Train a tokenizer, then a decoder on its tokens.", no_args_is_help=True)
     train.command(epilog=example("kinetok train tokenizer --recipe mini"))(tokenizer)
-    train.command(epilog=example("kinetok train decoder --recipe mini --tokenizer runs/tokenizer/tokenizer.pt"))(decoder)
+    train.command(epilog=example("kinetok train decoder --recipe mini --tokenizer runs/tokenizer/tokenizer.pt"))(
+        decoder
+    )
     app.add_typer(train, name="train", epilog=example("kinetok train tokenizer --recipe mini"))
 
 
