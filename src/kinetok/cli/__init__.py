@@ -17,7 +17,6 @@ INTERRUPTED = 130
 app = typer.Typer(
     name="kinetok",
     help="A sentence to human motion.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -35,16 +34,13 @@ def main() -> None:
         # A console that lacks a prompt's letters shows them as escapes; it is no reason to stop.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False, prog_name="kinetok") or 0
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="kinetok") or 0
         sys.stdout.flush()
     except UserError as error:
         fail(str(error))
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     except USAGE_ERROR as error:
-        # A command without arguments shows its help and has no message.
-        if not error.format_message():
-            sys.exit(2)
         fail(f"{error.format_message()} Try --help.")
     except OSError as error:
         if error.errno != errno.ENOSPC:

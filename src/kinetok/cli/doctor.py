@@ -60,14 +60,11 @@ def _report() -> dict[str, Any]:
         model: dict[str, Any] = load().describe()
     except UserError as error:
         model = {"error": str(error)}
-    cuda = torch.cuda.is_available()
     return {
         "kinetok": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"cpu ({platform.processor() or platform.machine()}); no CUDA",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()}); no CUDA",
         "threads": torch.get_num_threads(),
         "attention": "torch scaled_dot_product_attention; no other backend in this version",
         "packages": {name: {"version": version(name), "for": use} for name, use in PACKAGES.items()},

@@ -1,8 +1,10 @@
 """``kinetok generate``."""
 
 import hashlib
+import importlib.util
 import json
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +12,18 @@ from typing import Annotated, Any
 import typer
 
 from kinetok.cli.common import bar, example, output_folder, print_json
-from kinetok.errors import UserError
+from kinetok.errors import UserError, missing_package
 
-FORMATS = ("bvh", "glb", "npz", "npy", "png", "mp4")
+FORMATS = {
+    "bvh": ("pybvh",),
+    "glb": ("pygltflib",),
+    "npz": (),
+    "npy": (),
+    "png": ("PIL",),
+    "mp4": ("PIL", "imageio_ffmpeg"),
+}
+"""Each format and the packages it needs."""
+DEFAULT_FORMATS = ["bvh,glb,npz,png"]
 INDEX = "index.json"
 
 
@@ -28,7 +39,9 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Argument(help="One sentence a clip.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A UTF-8 file with one sentence a line.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the clips and index.json.")] = Path("out"),
-    formats: Annotated[str, typer.Option("--format", help=f"Comma list of {', '.join(FORMATS)}.")] = "bvh,glb,npz,png",
+    formats: Annotated[
+        list[str], typer.Option("--format", help=f"Some of {', '.join(FORMATS)}: a comma list, or given several times.")
+    ] = DEFAULT_FORMATS,
     seconds: Annotated[float | None, typer.Option(help="Length of a clip, up to 10.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same motion.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
@@ -43,8 +56,9 @@ def generate(
 ) -> None:
     """Sentences to motion files. A clip that is already there with the same settings is kept, so a run can be resumed."""
     began = time.perf_counter()
+    from kinetok.model.pretrained import MANIFEST, find_model
     from kinetok.model.text import check_prompt, read_prompts
-    from kinetok.runtime.sampling import SamplingParams
+    from kinetok.runtime import SamplingParams, load
 
     suffixes = _formats(formats)
     params = SamplingParams(
@@ -59,18 +73,20 @@ def generate(
     texts = [check_prompt(text) for text in prompt or ()] + (read_prompts(prompts) if prompts is not None else [])
     if not texts:
         raise UserError("nothing to generate: give a sentence, or a file of sentences with --prompts")
+    if out.suffix.lower().lstrip(".") in FORMATS and not out.is_dir():
+        raise UserError(f"--out: expected a folder, got the file name {out}; choose the kind of file with --format")
+    model_folder = find_model(model)
     folder = output_folder(out)
     index = _read_index(folder / INDEX)
-    settings = {"model": model or "default", **asdict(params)}
+    settings = {"model": model or "default", "manifest": _digest(model_folder / MANIFEST), **asdict(params)}
     jobs = [(text, _stem(number, text), number) for number, text in enumerate(texts)]
     todo = [job for job in jobs if not _done(folder, index.get(job[1]), job[0], settings, suffixes)]
     stages = {"start": time.perf_counter() - began, "load": 0.0, "generate": 0.0, "write": 0.0}
+    within: Counter[str] = Counter()
     made = 0.0
     if todo:
-        from kinetok.runtime import load
-
         mark = time.perf_counter()
-        engine = load(model, device, dtype)
+        engine = load(model_folder, device, dtype)
         stages["load"] = time.perf_counter() - mark
         with bar("generating", shown=not as_json) as update:
             for done, (text, stem, number) in enumerate(todo):
@@ -78,6 +94,7 @@ def generate(
                 # Each line is its own request with its own seed, so a line's clip does not depend on the lines before.
                 motion = engine.generate(text, params, seed=(seed + number) % 2**64)[0]
                 stages["generate"] += time.perf_counter() - mark
+                within.update(engine.timings)
                 mark = time.perf_counter()
                 files = [f"{stem}.{suffix}" for suffix in suffixes]
                 for name in files:
@@ -95,8 +112,9 @@ def generate(
                 stages["write"] += time.perf_counter() - mark
                 update(done + 1, len(todo), text[:50])
     entries = [{"name": stem, **index[stem]} for _, stem, _ in jobs]
+    factor = made / stages["generate"] if made else None
     if as_json:
-        print_json({"clips": entries, "stages_s": stages, "generated_s": made})
+        print_json({"clips": entries, "stages_s": stages, "generate_s": within, "real_time_factor": factor})
         return
     fresh = {stem for _, stem, _ in todo}
     for entry in entries:
@@ -104,19 +122,32 @@ def generate(
         print(f'{state} "{entry["prompt"]}"  {entry["duration_s"]} s')
         for name in entry["files"]:
             print(f"      {folder / name}")
-    print("  ".join(f"{stage} {seconds_:.2f} s" for stage, seconds_ in stages.items()))
-    if made:
-        print(
-            f"real-time factor {made / stages['generate']:.1f} ({made:.1f} s of motion in {stages['generate']:.2f} s)"
-        )
+    print(f"index {folder / INDEX}")
+    print("time ", ", ".join(f"{stage} {spent:.2f} s" for stage, spent in stages.items()))
+    if factor is not None:
+        print("      of generate:", ", ".join(f"{stage} {spent:.2f} s" for stage, spent in within.items()))
+        print(f"real-time factor {factor:.1f} ({made:.1f} s of motion in {stages['generate']:.2f} s)")
 
 
-def _formats(text: str) -> list[str]:
-    suffixes = [part.strip().lstrip(".").lower() for part in text.split(",") if part.strip()]
+def _formats(texts: list[str]) -> list[str]:
+    suffixes = [part.strip().lstrip(".").lower() for text in texts for part in text.split(",") if part.strip()]
     unknown = [suffix for suffix in suffixes if suffix not in FORMATS]
     if unknown or not suffixes:
-        raise UserError(f"--format: expected a comma list of {', '.join(FORMATS)}, got {text!r}")
+        raise UserError(f"--format: expected some of {', '.join(FORMATS)}, got {','.join(texts)!r}")
+    for suffix in suffixes:
+        for package in FORMATS[suffix]:
+            # Before the model runs, not after.
+            if importlib.util.find_spec(package) is None:
+                raise missing_package(package, "files", f"writing .{suffix} (see --format)")
     return list(dict.fromkeys(suffixes))
+
+
+def _digest(manifest: Path) -> str:
+    """Which model made a clip: its manifest names sizes, training run and files."""
+    try:
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise UserError(f"cannot read {manifest}: {error.strerror or error}") from error
 
 
 def _stem(number: int, text: str) -> str:

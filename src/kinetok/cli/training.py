@@ -13,7 +13,7 @@ THREADS = typer.Option(help="CPU threads; torch's choice without.", min=1)
 
 
 def register(app: typer.Typer) -> None:
-    train = typer.Typer(help="Train a tokenizer, then a decoder on its tokens.", no_args_is_help=True)
+    train = typer.Typer(help="Train a tokenizer, then a decoder on its tokens.")
     train.command(epilog=example("kinetok train tokenizer --recipe mini"))(tokenizer)
     train.command(epilog=example("kinetok train decoder --recipe mini --tokenizer runs/tokenizer/tokenizer.pt"))(
         decoder
