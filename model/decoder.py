@@ -84,7 +84,10 @@ class MotionDecoder(nn.Module):
         """The rotary table ``[block_size, hd / 2, 2]`` in fp32 on the weights' device; built once, never stored."""
         device = self.embed.weight.device
         if self._table is None or self._table.device != device:
-            self._table = rotary_table(self.config.block_size, self.config.head_dim, self.config.rope).to(device)
+            # Kept for later calls, which may train: a tensor made in inference mode could not take part in that.
+            with torch.inference_mode(False):
+                table = rotary_table(self.config.block_size, self.config.head_dim, self.config.rope)
+                self._table = table.to(device)
         return self._table
 
     def forward(self, tokens: Tensor, text_features: Tensor, text_mask: Tensor, *, dropout: float = 0.0) -> Tensor:

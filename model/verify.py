@@ -1,5 +1,7 @@
 """Compare a model directory with arrays saved from the authors' code (docs/checkpoints.md has the file's layout)."""
 
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +89,7 @@ def _read(path: str | Path) -> dict[str, np.ndarray]:
             arrays = {name: file[name] for name in names}
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         detail = " ".join(str(error).split())[:100]
         raise UserError(f"{path}: expected an .npz file of plain arrays, got something else ({detail})") from error
     for name, array in arrays.items():

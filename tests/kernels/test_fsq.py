@@ -45,7 +45,7 @@ def test_indices_stay_in_the_codebook(nb_code: int, seed: int, scale: float) -> 
     levels = FSQ_LEVELS[nb_code]
     z = torch.randn(3, 5, len(levels), generator=torch.Generator().manual_seed(seed)) * scale
     codes, indices = fsq_quantize(z, levels)
-    assert 0 <= int(indices.min()) and int(indices.max()) < np.prod(levels)
+    assert int(indices.min()) >= 0 and int(indices.max()) < np.prod(levels)
     torch.testing.assert_close(fsq_dequantize(indices, levels), codes)
 
 

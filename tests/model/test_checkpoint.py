@@ -199,7 +199,7 @@ def test_configuration_that_does_not_fit(tmp_path: Path) -> None:
     torch.save({"net": released_tokenizer()}, path)
     assert "give nb_code" in refused(load_released_tokenizer, path)
     text = refused(load_released_tokenizer, path, nb_code=2048, width=9)
-    assert "encoder.model.1.weight (expected [9, 272, 3], got [8, 272, 3])" in text
+    assert "decoder.model.0.weight (expected [9, " in text and "more" in text
     assert "nb_code" in refused(load_released_tokenizer, path, nb_code=7)
     assert load_released_tokenizer(path, nb_code=1024, seed=3, batch=1).config.codebook == 1000
     torch.save({"trans": released_decoder()}, path)
@@ -277,7 +277,7 @@ def test_offsets_of_a_known_body_are_found() -> None:
     generator = torch.Generator().manual_seed(0)
     rotations = torch.linalg.qr(torch.randn(20, 22, 3, 3, generator=generator, dtype=torch.float64)).Q
     rotations = rotations * torch.linalg.det(rotations)[..., None, None]
-    offsets = CANONICAL_OFFSETS * 1.3 + 0.01 * (np.arange(66).reshape(22, 3) % 5)
+    offsets = np.array(CANONICAL_OFFSETS) * 1.3 + 0.01 * (np.arange(66).reshape(22, 3) % 5)
     offsets[0] = 0
     root = torch.randn(20, 3, generator=generator, dtype=torch.float64).cumsum(0)
     x = from_motion(rotations, root, torch.from_numpy(offsets))

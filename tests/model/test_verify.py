@@ -96,11 +96,11 @@ def test_parts_alone_and_other_lengths(bundle, arrays, tmp_path: Path) -> None:
     [
         ({"other": np.ones(1)}, "unknown arrays"),
         ({"text_features": np.ones((3, 12), dtype=int)}, "text_features to be numbers"),
-        ({"text_features": np.ones((3, 11))}, r"\[L, 12\]"),
+        ({"text_features": np.ones((3, 11)), "text_mask": None}, r"\[L, 12\]"),
         ({"text_features": np.full((5, 12), np.inf)}, "finite"),
         ({"text_mask": np.ones(4, dtype=int)}, "5 entries"),
         ({"text_mask": np.zeros(5, dtype=int)}, "L > 0"),
-        ({"tokens": np.array([240])}, "from 0 to 239"),
+        ({"tokens": np.full(7, 240)}, "from 0 to 239"),
         ({"tokens": np.array([1, 2])}, "at most 3 rows"),
         ({"tokens": np.zeros(60, dtype=int)}, "at most 40"),
         ({"tokens": None}, "logits needs tokens"),
