@@ -41,7 +41,9 @@ def test_json_is_all_that_is_printed(kinetok, model, tmp_path):
 
 def test_seeds(kinetok, model, tmp_path):
     def joints(folder, *options):
-        kinetok("generate", WALK, "--model", model, "-o", tmp_path / folder, "--format", "npz", "--seconds", 1, *options)
+        kinetok(
+            "generate", WALK, "--model", model, "-o", tmp_path / folder, "--format", "npz", "--seconds", 1, *options
+        )
         return Motion.load(next((tmp_path / folder).glob("*.npz"))).joints
 
     np.testing.assert_array_equal(joints("a"), joints("b"))

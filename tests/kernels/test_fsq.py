@@ -15,7 +15,11 @@ GOLDEN_LEVELS = ["8_8_8_5_5_5", "7_5_5_5_5", "8_6_5", "8_8_8"]
 
 @pytest.mark.parametrize("name", GOLDEN_LEVELS)
 def test_golden(golden, name: str) -> None:
-    z = {key[len(name) + 2 :]: torch.from_numpy(np.asarray(v)) for key, v in np.load(golden("fsq.npz")).items() if key.startswith(f"L{name}_")}
+    z = {
+        key[len(name) + 2 :]: torch.from_numpy(np.asarray(v))
+        for key, v in np.load(golden("fsq.npz")).items()
+        if key.startswith(f"L{name}_")
+    }
     levels = z["levels"].tolist()
     x = z["z"].clone().requires_grad_()
     codes, indices = fsq_quantize(x, levels)

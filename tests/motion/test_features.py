@@ -58,12 +58,16 @@ def test_features_do_not_depend_on_where_the_clip_starts_and_faces() -> None:
     turn = np.array([[0.6, 0, 0.8], [0, 1, 0], [-0.8, 0, 0.6]])
     r2 = r.copy()
     r2[:, 0] = turn @ r[:, 0]
-    np.testing.assert_allclose(from_motion(r2, root @ turn.T + [3, 1, -2], OFFSETS), from_motion(r, root, OFFSETS), atol=1e-9)
+    np.testing.assert_allclose(
+        from_motion(r2, root @ turn.T + [3, 1, -2], OFFSETS), from_motion(r, root, OFFSETS), atol=1e-9
+    )
 
 
 def test_numpy_in_numpy_out_torch_in_torch_out() -> None:
     r, root = moving(4)
-    as_torch = from_motion(torch.from_numpy(r).float(), torch.from_numpy(root).float(), torch.from_numpy(OFFSETS).float())
+    as_torch = from_motion(
+        torch.from_numpy(r).float(), torch.from_numpy(root).float(), torch.from_numpy(OFFSETS).float()
+    )
     assert isinstance(as_torch, torch.Tensor) and as_torch.dtype == torch.float32
     as_numpy = from_motion(r, root, OFFSETS)
     assert isinstance(as_numpy, np.ndarray) and as_numpy.dtype == np.float64

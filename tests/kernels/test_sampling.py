@@ -1,0 +1,188 @@
+"""Sampling against an independent scalar implementation, published vectors and the documented ones."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kinetok.kernels.sampling import exp2_weight, guide, gumbel, log_fp32, philox, sample
+from kinetok.kernels.sampling.arithmetic import EXP2, LN2_HIGH, LN2_LOW, LOG, LOG2_E
+
+DOC = Path(__file__).parents[2] / "docs" / "numerics.md"
+F = np.float32
+
+
+def one(*values: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor([value]) for value in values)
+
+
+def scalar_philox(counter: list[int], key: list[int]) -> list[int]:
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def scalar_log(x: np.float32) -> np.float32:
+    bits = int(np.array(x, dtype=F).view(np.int32))
+    e = (bits - 0x3F3504F3) >> 23
+    f = F(np.array(bits - (e << 23), dtype=np.int32).view(F)) - F(1)
+    r = F(LOG[-1])
+    for c in LOG[-2::-1]:
+        r = F(F(r * f) + F(c))
+    t = F(F(F(f * f) * r) + F(F(e) * F(LN2_LOW)))
+    return F(F(f + t) + F(F(e) * F(LN2_HIGH)))
+
+
+def scalar_gumbel(token: int, seed: int, position: int, request: int) -> np.float32:
+    word = scalar_philox([position, request, token // 4, 0], [seed & 0xFFFFFFFF, seed >> 32])[token % 4]
+    return -scalar_log(-scalar_log(F(F(F(word >> 9) + F(0.5)) * F(2.0**-23))))
+
+
+def scalar_weight(x: np.float32) -> int:
+    x = max(x, F(-40))
+    whole = math.floor(x)
+    f = F(x - F(whole))
+    r = F(EXP2[-1])
+    for c in EXP2[-2::-1]:
+        r = F(F(r * f) + F(c))
+    return math.floor(F(r * F(2.0 ** (whole + 24))))
+
+
+def scalar_sample(logits, seed, position, request, temperature, top_k, top_p) -> int:
+    s = [F(F(x) * F(1.0 / temperature)) for x in logits]
+    keep = [x > -np.inf for x in s]
+    if 0 < top_k < len(s):
+        least = sorted(s, reverse=True)[top_k - 1]
+        keep = [k and x >= least for k, x in zip(keep, s, strict=True)]
+    if top_p < 1:
+        best = max(x for x, k in zip(s, keep, strict=True) if k)
+        w = [scalar_weight(F(F(x - best) * F(LOG2_E))) if k else 0 for x, k in zip(s, keep, strict=True)]
+        needed = (sum(w) * max(1, round(top_p * 65536)) + 65535) >> 16
+        total = 0
+        for weight in sorted(w, reverse=True):
+            total += weight
+            if total >= needed:
+                keep = [k and x >= weight for k, x in zip(keep, w, strict=True)]
+                break
+    scores = [
+        F(x + scalar_gumbel(i, seed, position, request)) if k else -np.inf
+        for i, (x, k) in enumerate(zip(s, keep, strict=True))
+    ]
+    return int(np.argmax(scores))
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_vectors_of_random123(counter, key, words) -> None:
+    assert philox(one(*counter), one(*key))[0].tolist() == words == scalar_philox(counter, key)
+
+
+def test_log_is_accurate_and_bit_equal_to_the_scalar_one() -> None:
+    near_one = 1 - 2.0 ** -torch.arange(1, 24)
+    x = torch.cat((torch.rand(20_000, generator=torch.Generator().manual_seed(0)).clamp(min=2**-24), near_one.float()))
+    exact = x.double().log()
+    assert float(((log_fp32(x) - exact) / exact.abs().clamp(min=1e-30)).abs().max()) < 1.2e-7
+    some = x[::97]
+    assert [float(v) for v in log_fp32(some)] == [float(scalar_log(F(v))) for v in some.numpy()]
+
+
+def test_weights_are_accurate_and_bit_equal_to_the_scalar_ones() -> None:
+    x = -torch.rand(500, generator=torch.Generator().manual_seed(1)) * 45
+    w = exp2_weight(x)
+    assert w.tolist() == [scalar_weight(F(v)) for v in x.numpy()]
+    exact = 2.0 ** x.clamp(min=-40).double() * 2**24
+    assert float((w - exact).abs().max()) <= 3
+    assert exp2_weight(torch.tensor([0.0, -torch.inf])).tolist() == [2**24, 0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 511),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 40),
+    st.sampled_from([0.3, 1.0, 1.7]),
+    st.sampled_from([0, 1, 3]),
+    st.sampled_from([1.0, 0.9, 0.3]),
+)
+def test_sample_is_bit_equal_to_the_scalar_one(seed, position, request, count, temperature, top_k, top_p) -> None:
+    logits = torch.randn(1, count, generator=torch.Generator().manual_seed(seed % 2**31)) * 3
+    logits[0, :: max(2, count // 3)] = logits[0, 0]  # ties
+    signed = seed - (seed >> 63 << 64)
+    token = sample(
+        logits,
+        seed=torch.tensor([signed]),
+        position=torch.tensor([position]),
+        request=torch.tensor([request]),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    expected = scalar_sample(logits[0].numpy(), seed, position, request, temperature, top_k, top_p)
+    assert int(token) == expected
+
+
+def test_frequencies() -> None:
+    p = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    n = 20_000
+    rows, zero = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    counts = sample(p.log().expand(n, 4), seed=zero, position=rows, request=zero).bincount(minlength=4)
+    chi_square = float(((counts - n * p) ** 2 / (n * p)).sum())
+    assert chi_square < 16.3  # 99.9 % for three degrees of freedom
+    kept = sample(p.log().expand(n, 4), seed=zero, position=rows, request=zero, top_p=0.7).bincount(minlength=4)
+    assert kept[2:].sum() == 0 and kept[1] > 0
+
+
+def test_a_draw_does_not_depend_on_its_batch() -> None:
+    logits = torch.randn(9, 101, generator=torch.Generator().manual_seed(2))
+    names = dict(seed=torch.arange(9), position=torch.arange(9) * 3, request=torch.arange(9) % 2)
+    together = sample(logits, **names, top_p=0.9, top_k=20)
+    alone = [
+        sample(logits[i : i + 1], **{k: v[i : i + 1] for k, v in names.items()}, top_p=0.9, top_k=20) for i in range(9)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_greedy_bans_and_bad_rows() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, -torch.inf]])
+    seed = position = request = torch.tensor([0])
+    names = dict(seed=seed, position=position, request=request)
+    assert int(sample(logits, **names, temperature=0)) == 1
+    assert all(int(sample(logits, seed=torch.tensor([s]), position=position, request=request)) != 3 for s in range(50))
+    for bad in (torch.nan, -torch.inf):
+        with pytest.raises(ValueError, match="finite"):
+            sample(torch.full((1, 4), bad), **names)
+
+
+def test_guidance_rounds_each_operation() -> None:
+    c, u = torch.randn(1, 50), torch.randn(1, 50)
+    expected = [F(b + F(F(a - b) * F(2.5))) for a, b in zip(c[0].numpy(), u[0].numpy(), strict=True)]
+    assert guide(c, u, 2.5)[0].tolist() == [float(v) for v in expected]
+
+
+def test_vectors_in_the_document() -> None:
+    rows = re.findall(r"\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| 0x([0-9a-f]{8}) \|", DOC.read_text(encoding="utf-8"))
+    assert len(rows) >= 6
+    for seed, position, request, token, bits in rows:
+        seed_ = int(seed) - (int(seed) >> 63 << 64)
+        noise = gumbel(int(token) + 1, *one(seed_, int(position), int(request)))[0, -1]
+        assert f"{int(noise.view(torch.int32)) & 0xFFFFFFFF:08x}" == bits
+        assert float(scalar_gumbel(int(token), int(seed), int(position), int(request))) == float(noise)
