@@ -1,0 +1,130 @@
+"""Greedy and sampled decoding: golden tokens, the uncached route, guidance, budgets."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kinetok.errors import UserError
+from kinetok.model.checkpoint import load_released_decoder
+from kinetok.model.config import DecoderConfig
+from kinetok.model.decoder import MotionDecoder
+from kinetok.runtime import SamplingParams, generate_tokens
+from kinetok.runtime.generate import sample_tokens
+from kinetok.runtime.sampling import token_budget
+
+PLAIN = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> MotionDecoder:
+    torch.manual_seed(3)
+    return MotionDecoder(DecoderConfig(n_layer=2, n_head=2, n_embd=32, codebook=60, text_dim=8, block_size=64)).eval()
+
+
+@torch.inference_mode()
+def uncached(decoder: MotionDecoder, features: torch.Tensor, count: int) -> list[int]:
+    """As the reference: the whole sequence again for each token, logits for all positions."""
+    tokens: list[int] = []
+    for _ in range(count):
+        row = torch.tensor([[decoder.config.pad_id] * len(features) + tokens])
+        token = int(decoder(row, features[None], torch.ones(1, len(features)))[0, -1].argmax())
+        if token == decoder.config.end_id:
+            break
+        tokens.append(token)
+    return tokens or [1]
+
+
+def test_golden_greedy_tokens(golden) -> None:
+    with np.load(golden("transformer_small.npz")) as z:
+        model = load_released_decoder(golden("transformer_small.pth"), **json.loads(str(z["config_json"])))
+        for row in range(8):
+            features = torch.from_numpy(z["prompt_features"][row][z["prompt_mask"][row].astype(bool)])
+            assert generate_tokens(model, features) == z["greedy_tokens"][row][: z["greedy_len"][row]].tolist()
+
+
+@pytest.mark.parametrize("length", [1, 3, 9])
+def test_tokens_equal_the_uncached_route(decoder, length: int) -> None:
+    features = torch.randn(length, 8, generator=torch.Generator().manual_seed(length))
+    assert generate_tokens(decoder, features, max_tokens=40) == uncached(decoder, features, 40)
+
+
+def test_text_and_motion_must_fit(decoder) -> None:
+    assert len(generate_tokens(decoder, torch.zeros(15, 8), max_tokens=50)) <= 50
+    with pytest.raises(UserError, match="positions"):
+        generate_tokens(decoder, torch.zeros(16, 8), max_tokens=50)
+    with pytest.raises(UserError, match="L > 0"):
+        generate_tokens(decoder, torch.zeros(0, 8))
+
+
+def test_temperature_zero_is_greedy(decoder) -> None:
+    features = torch.randn(4, 8)
+    params = SamplingParams(temperature=0, top_k=0, top_p=1.0, guidance=1.0)
+    assert sample_tokens(decoder, features, params, budget=(0, 30)) == generate_tokens(decoder, features, 30)
+
+
+def test_the_seed_and_the_request_name_the_draw(decoder) -> None:
+    features = torch.randn(4, 8)
+
+    def draw(**names) -> list[int]:
+        params = SamplingParams(seed=names.pop("seed", 0), temperature=1.0, top_k=0, top_p=1.0, guidance=1.0)
+        return sample_tokens(decoder, features, params, budget=(12, 12), **names)
+
+    assert draw() == draw() and len(draw()) == 12
+    assert draw() != draw(seed=1) and draw() != draw(request=1) and draw(seed=2**64 - 1) != draw(seed=2**63)
+
+
+def test_guidance_runs_a_second_row(decoder) -> None:
+    features, empty = torch.randn(5, 8), torch.randn(2, 8)
+    guided = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, guidance=3.0)
+    with pytest.raises(UserError, match="empty text"):
+        sample_tokens(decoder, features, guided, budget=(9, 9))
+    one = sample_tokens(decoder, features, guided, budget=(9, 9), empty_features=empty)
+    # With the same text in both rows guidance changes nothing but rounding.
+    same = sample_tokens(decoder, features, guided, budget=(9, 9), empty_features=features)
+    assert len(one) == 9 and same == sample_tokens(decoder, features, PLAIN, budget=(9, 9))
+
+
+@pytest.mark.parametrize(
+    ("params", "defaults", "room", "budget"),
+    [
+        ({}, {}, 200, (0, 150)),
+        ({}, {"min_seconds": 2.0}, 200, (30, 150)),
+        ({}, {"min_seconds": 2.0}, 20, (20, 20)),
+        ({"seconds": 6.0}, {}, 200, (90, 90)),
+        ({"seconds": 0.01}, {}, 200, (1, 1)),
+        ({"max_tokens": 50}, {}, 200, (0, 50)),
+        ({"max_tokens": 50, "seconds": 10}, {}, 200, (50, 50)),
+    ],
+)
+def test_budget(params: dict, defaults: dict, room: int, budget: tuple[int, int]) -> None:
+    assert token_budget(SamplingParams(**params), defaults, 15.0, room) == budget
+
+
+def test_seconds_beyond_the_room_are_refused() -> None:
+    with pytest.raises(UserError, match="room for 100"):
+        token_budget(SamplingParams(seconds=10), {}, 15.0, 100)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"seconds": 0},
+        {"seconds": -1.0},
+        {"seconds": 11},
+        {"seconds": float("nan")},
+        {"temperature": -0.1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"guidance": float("inf")},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"max_tokens": 0},
+    ],
+)
+def test_bad_parameters(bad: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(bad))):
+        SamplingParams(**bad)
