@@ -39,8 +39,9 @@ lint: $(STAMP) ## ruff, import-linter and mypy
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: $(STAMP) ## the benchmarks: tables on the screen and in benchmarks/results
-	$(BIN)/python benchmarks/report.py
+bench: $(STAMP) ## the benchmarks: figures on the screen and in benchmarks/results
+	$(BIN)/python benchmarks/runtime/bench_decode.py --json benchmarks/results/decode_cpu.json
+	$(BIN)/python benchmarks/runtime/bench_default.py --json benchmarks/results/default_cpu.json
 
 train: $(STAMP) ## train the default model's recipe on data/cmu, under an hour on two cores; resumes
 	$(BIN)/kinetok train tokenizer --recipe mini --resume
