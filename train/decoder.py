@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinetok.errors import UserError
+from kinetok.model.bank import PromptBank
 from kinetok.model.config import TokenizerConfig
 from kinetok.model.decoder import MotionDecoder
+from kinetok.model.pretrained import BANK, save_pretrained
 from kinetok.model.text_minilm import MiniLM
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
 from kinetok.train.data.store import Clip, mirror_words, read_clips
 from kinetok.train.loop import fit
-from kinetok.train.recipes import DecoderRecipe, decoder_recipe
+from kinetok.train.recipes import MINI_BANK, DecoderRecipe, decoder_recipe
 from kinetok.train.tokenizer import draw_weights
 
 SUBJECTS = ("a person", "someone", "a man", "a woman", "the person", "somebody")
@@ -157,8 +159,6 @@ def train(
 
     About 10 to 20 minutes for the mini recipe on two cores.
     """
-    from kinetok.model.pretrained import save_pretrained
-
     chosen = decoder_recipe(recipe)
     motion, mean, std = load_tokenizer(tokenizer)
     if motion.config.codebook != chosen.model.codebook:
@@ -170,10 +170,13 @@ def train(
     best = fit(task, chosen.loop, out, resume=resume, identity={**asdict(chosen), "tokenizer": weight})
     state = torch.load(best, weights_only=True)
     task.module.load_state_dict(state["model"])
+    bank = Path(out) / BANK
+    PromptBank.build(MINI_BANK, MiniLM(pooled_scale=POOLED_SCALE)).save(bank)
     return save_pretrained(
         Path(out) / "model",
         tokenizer=motion,
-        decoder=task.module.eval(),
+        # Half precision on disk only: a CPU runs it in fp32 again.
+        decoder=task.module.eval().half(),
         mean=mean.numpy(),
         std=std.numpy(),
         skeleton_offsets=CANONICAL_OFFSETS,
@@ -188,4 +191,5 @@ def train(
             "Capture Database, created with funding from NSF EIA-0196217",
         },
         licence="Apache-2.0",
+        bank=bank,
     )

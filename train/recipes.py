@@ -63,6 +63,35 @@ def mini_decoder() -> DecoderRecipe:
     )
 
 
+# What the shipped model can be asked without a text encoder.
+MINI_BANK = (
+    "a person walks forward",
+    "a person walks",
+    "a person stands still",
+    "a person stands idle",
+    "a person runs",
+    "a person runs forward",
+    "a person jumps",
+    "a person jumps forward",
+    "a person hops",
+    "a person hops forward",
+    "a person dances",
+    "a person dances salsa",
+    "a person waves",
+    "a person waves with the right hand",
+    "a person waves with the left hand",
+    "a person kicks",
+    "a person kicks with the right leg",
+    "a person punches",
+    "a person practices karate",
+    "a person turns left",
+    "a person turns right",
+    "a person sneaks",
+    "a person walks backwards",
+    "a person dribbles a basketball",
+    "a person boxes",
+)
+
 TOKENIZER_RECIPES = {"mini": mini_tokenizer}
 DECODER_RECIPES = {"mini": mini_decoder}
 

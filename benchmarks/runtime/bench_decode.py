@@ -72,7 +72,10 @@ def main() -> None:
         rate = {name: count / value for name, value in median.items()}
         ratio = median["uncached"] / median["cached"]
         rows.append({"tokens": count, "tok_per_s": rate, "ratio": ratio, "seconds": times})
-        print(f"{options.preset} {count} tokens: " + ", ".join(f"{n} {v:.1f} tok/s" for n, v in rate.items()), f"{ratio:.2f}x")
+        print(
+            f"{options.preset} {count} tokens: " + ", ".join(f"{n} {v:.1f} tok/s" for n, v in rate.items()),
+            f"{ratio:.2f}x",
+        )
     if options.json:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         setting = {

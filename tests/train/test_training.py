@@ -1,0 +1,80 @@
+"""The two trainings at toy size, end to end, and their parts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kinetok.errors import UserError
+from kinetok.model.config import DecoderConfig, TokenizerConfig
+from kinetok.train.data.store import Clip
+from kinetok.train.decoder import other_subjects
+from kinetok.train.losses import released_loss
+from kinetok.train.recipes import decoder_recipe, mini_tokenizer, tokenizer_recipe
+from kinetok.train.tokenizer import TokenizerTask, draw_weights
+
+
+def clip(number: int, split: str, label: str = "walk") -> Clip:
+    rng = np.random.default_rng(number)
+    x = rng.standard_normal((80, 272)).astype(np.float32).cumsum(0) * 0.05
+    names = {"id": str(number), "subject": split, "label": label, "split": split, "captions": ("a person walks",)}
+    return Clip(**names, heading_flips=0, features=x, mirrored=x[:, ::-1].copy())
+
+
+def test_released_loss_is_the_golden_one(golden) -> None:
+    with np.load(golden("losses.npz")) as z:
+        pred = torch.from_numpy(z["pred"]).requires_grad_()
+        loss = released_loss(pred, torch.from_numpy(z["target"]))
+        loss.backward()
+        assert float(loss) == pytest.approx(float(z["released_total"]), abs=1e-5)
+        np.testing.assert_allclose(pred.grad, z["released_total_grad"], atol=1e-5)
+
+
+def test_the_folded_tokenizer_computes_the_same() -> None:
+    config = TokenizerConfig(nb_code=256, code_dim=12, width=16, depth=1, patcher="none", causal=True)
+    recipe = replace(mini_tokenizer(), model=config, batch=2)
+    task = TokenizerTask(recipe, [clip(0, "train"), clip(1, "train"), clip(2, "val")])
+    optimizer = torch.optim.SGD(task.module.parameters(), lr=0.01)
+    rng = np.random.default_rng(0)
+    for step in range(3):
+        optimizer.zero_grad()
+        task.loss(step, rng)["loss"].backward()
+        optimizer.step()
+    figures = task.validate(task.module.eval())
+    assert np.isfinite(list(figures.values())).all()
+    frames = task.held_out[0][None]
+    with torch.no_grad():
+        pred, indices, _ = task.module(frames)
+        folded = task.module.folded()
+        assert torch.equal(folded.encode(frames), indices)
+        torch.testing.assert_close(folded.decode(indices), pred, atol=1e-5, rtol=0)
+
+
+def test_rare_labels_are_drawn_more_often_than_their_share() -> None:
+    clips = [clip(i, "train", "idle") for i in range(9)] + [clip(9, "train", "kick")]
+    weights = draw_weights(clips, -0.5)
+    assert weights.sum() == pytest.approx(1) and 0.1 < weights[9] < 0.5
+
+
+def test_empty_splits_and_unknown_recipes_are_named() -> None:
+    with pytest.raises(UserError, match="train and val"):
+        TokenizerTask(mini_tokenizer(), [clip(0, "train")])
+    for read in (tokenizer_recipe, decoder_recipe):
+        with pytest.raises(UserError, match="mini"):
+            read("maxi")
+    assert isinstance(decoder_recipe("mini").model, DecoderConfig)
+
+
+def test_subjects_are_exchanged() -> None:
+    assert "someone walks left" in other_subjects("The man walks left")
+    assert other_subjects("walking") == ["walking"]
+
+
+def test_the_shipped_model_is_the_recipe(tmp_path: Path) -> None:
+    import kinetok
+
+    model = kinetok.load(device="cpu").model
+    assert model.tokenizer.config == tokenizer_recipe("mini").model
+    assert model.decoder.config == decoder_recipe("mini").model
