@@ -83,6 +83,7 @@ def infer_tokenizer(keys: Mapping[str, Tensor], codebook: int | None = None) -> 
     The dilation growth and the activation leave no trace in a file; two level sets of equal length are told apart by
     the decoder's ``codebook`` only.
     """
+    keys = {name: value for name, value in keys.items() if value.ndim}
     found: dict[str, Any] = {}
     patched = "encoder.model.0.wavelets" in keys
     first = f"encoder.model.{int(patched)}"
@@ -118,7 +119,7 @@ def infer_tokenizer(keys: Mapping[str, Tensor], codebook: int | None = None) -> 
         elif f"{blocks}.0.norm1.running_mean" in keys:
             found["norm"] = "BN"
     project = keys.get("quantizer.project_in.weight")
-    count = project.shape[0] if project is not None and project.ndim else found.get("code_dim")
+    count = project.shape[0] if project is not None else found.get("code_dim")
     codes = [TokenizerConfig(nb_code=code) for code, levels in FSQ_LEVELS.items() if len(levels) == count]
     codes = [config for config in codes if codebook in (None, config.codebook)]
     if len(codes) == 1:
@@ -153,7 +154,7 @@ def infer_decoder(keys: Mapping[str, Tensor]) -> dict[str, Any]:
     )
     if embedding is not None and embedding.ndim == 2:
         found["codebook"], found["n_embd"] = embedding.shape[0] - 2, embedding.shape[1]
-        if head is not None:
+        if head is not None and head.ndim:
             found["tie_weights"] = head.shape[0] == embedding.shape[0]
     if text is not None and text.ndim == 2:
         found["text_dim"] = text.shape[1]
