@@ -8,6 +8,7 @@ never in memory. It and the imported directory (16 GB together) are deleted afte
 import argparse
 import io
 import json
+import math
 import pickle
 import platform
 import shutil
@@ -23,11 +24,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kinetok.model.checkpoint import import_checkpoint
+from kinetok.model.checkpoint import import_checkpoint, open_decoder
 from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.pretrained import own_tensors
 from kinetok.model.released import decoder_rows, released_shapes, to_released, tokenizer_rows
+from kinetok.model.tensor_files import read_safetensors
 from kinetok.model.tokenizer import MotionTokenizer
 
 RESULTS = Path(__file__).parents[1] / "results" / "soak_import.json"
@@ -110,7 +112,7 @@ def main() -> int:
         print("this measurement reads /proc/self/status, which this system does not have", file=sys.stderr)
         return 2
     per_layer = 4 * 4096**2 + 3 * 11008 * 4096
-    layers = max(1, round((options.gigabytes * 1e9 / 2 - 2 * 64002 * 4096) / per_layer))
+    layers = max(1, math.ceil((options.gigabytes * 1e9 / 2 - 2 * 64002 * 4096) / per_layer))
     config = DecoderConfig(n_layer=layers, n_head=32, n_embd=4096)
     with torch.device("meta"):
         shapes = released_shapes(decoder_rows(config), own_tensors(MotionDecoder(config)))
@@ -142,6 +144,11 @@ def main() -> int:
         memory.done.set()
         memory.join()
         written = sum(path.stat().st_size for path in (folder / "model").iterdir())
+        source, exact = open_decoder(decoder, {"n_head": 32}), 0
+        for path in sorted((folder / "model").glob("decoder-*")):
+            shard = read_safetensors(path)
+            back = to_released([row for row in source.rows if row.ours in shard], shard)
+            exact += sum(torch.equal(value, source.tensors[name]) for name, value in back.items())
         result = {
             "what": "import-checkpoint of a synthetic bf16 decoder with a pickled optimiser object",
             "file_gb": round(decoder.stat().st_size / 1e9, 3),
@@ -150,7 +157,8 @@ def main() -> int:
             "peak_private_gb": round(memory.peak["RssAnon"] / 1e9, 3),
             "peak_resident_gb_with_mapped_file": round(memory.peak["VmRSS"] / 1e9, 3),
             "limit_private_gb": LIMIT_GB,
-            "passed": memory.peak["RssAnon"] < LIMIT_GB * 1e9,
+            "tensors_bit_exact": f"{exact} of {len(source.tensors)}",
+            "passed": memory.peak["RssAnon"] < LIMIT_GB * 1e9 and exact == len(source.tensors),
             "layers": layers,
             "torch": torch.__version__,
             "python": platform.python_version(),
