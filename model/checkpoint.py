@@ -260,7 +260,7 @@ def import_checkpoint(
         std=statistics["std"],
         skeleton_offsets=offsets,
         text_encoder=text_encoder or _text_encoder(decoder_part.config.text_dim),
-        sampling=sampling or {},
+        sampling={"temperature": 0.0} if sampling is None else sampling,  # greedy, as the reference
         provenance={"skeleton": "estimated from decoded motion", **sources, **(provenance or {})},
         licence=licence,
         shard_bytes=shard_bytes,

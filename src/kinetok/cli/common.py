@@ -5,9 +5,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from kinetok.errors import UserError
+
+if TYPE_CHECKING:
+    from kinetok.runtime import Engine
+
+SMALL = 20_000_000  # parameters
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -41,10 +46,21 @@ def bar(title: str, *, shown: bool) -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as progress:
+    console = Console(stderr=True)
+    # Off a terminal a bar would leave its last line in somebody's log.
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as progress:
         task = progress.add_task(title, total=None)
 
         def update(done: int, of: int, what: str = title) -> None:
             progress.update(task, completed=done, total=of, description=what)
 
         yield update
+
+
+def few_threads_for_small_models(engine: "Engine") -> None:
+    """One thread where the matrices are too small to share: as fast, and not held up by a busy neighbour core."""
+    import torch
+
+    about = engine.describe()
+    if about["device"] == "cpu" and about["parameters"] < SMALL:
+        torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kinetok.cli.common import bar, example, output_folder, print_json
+from kinetok.cli.common import bar, example, few_threads_for_small_models, output_folder, print_json
 from kinetok.errors import UserError, missing_package
 
 FORMATS = {
@@ -87,6 +87,7 @@ def generate(
     if todo:
         mark = time.perf_counter()
         engine = load(model_folder, device, dtype)
+        few_threads_for_small_models(engine)
         stages["load"] = time.perf_counter() - mark
         with bar("generating", shown=not as_json) as update:
             for done, (text, stem, number) in enumerate(todo):
