@@ -69,7 +69,10 @@ class MotionDecoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        weight = torch.empty(config.vocab_size, config.n_embd)
+        if not weight.is_meta:  # drawing numbers on the meta device makes torch import its compiler, for seconds
+            nn.init.normal_(weight)
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd, _weight=weight)
         self.text_proj = nn.Linear(config.text_dim, config.n_embd)
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(config) for _ in range(config.n_layer)

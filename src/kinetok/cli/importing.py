@@ -44,7 +44,7 @@ def import_command(
             std=std,
             artifact=artifact,
             config=dict(_option(text) for text in config or ()),
-            progress=lambda text: print(text, file=sys.stderr),
+            progress=(lambda text: print(text, file=sys.stderr)) if sys.stderr.isatty() else None,
         ),
     )
 
