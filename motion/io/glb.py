@@ -187,7 +187,7 @@ def load_glb(path: Path, data: bytes) -> Motion:
             root=read(outputs[0, "translation"], 3),
             offsets=offsets,
             fps=float(extras["fps"]),
-            text=str(extras["text"]),
+            text=str(extras.get("text", "")),  # pygltflib leaves an empty text out
         )
     except UserError:
         raise

@@ -1,6 +1,7 @@
 """numpy files: ``.npz`` with everything, ``.npy`` with the 272 features."""
 
 import io
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -46,7 +47,17 @@ def load_numpy(path: Path, data: bytes) -> Motion:
             }
     except UserError:
         raise
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        KeyError,
+        RuntimeError,  # zipfile's word for encryption and for compressions that it does not know
+        MemoryError,  # a header that asks for more than there is
+        tokenize.TokenError,  # numpy lets it out of a damaged header
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         detail = " ".join(str(error).split())[:100]
         raise UserError(f"{path}: expected a numpy motion file, but it cannot be read ({detail})") from error
     absent = [name for name in ("rotations", "root", "offsets", "fps") if name not in fields]

@@ -23,7 +23,7 @@ TOOLS = ROOT / "tests" / "tools"
 def motion() -> Motion:
     generator = torch.Generator().manual_seed(0)
     rotations = matrix_from_6d(torch.randn(20, 22, 6, generator=generator)).numpy()
-    root = [*torch.randn(20, 3, generator=generator).numpy(), 0, 1, 0]
+    root = torch.randn(20, 3, generator=generator).numpy() + np.array([0, 1, 0])
     return Motion(rotations=rotations, root=root, text="tumbling « ü »")
 
 
