@@ -74,15 +74,18 @@ def sample_tokens(
         if len(tokens) < least:
             scores[:, config.end_id] = -torch.inf
         position = torch.tensor([len(tokens)], device=logits.device)
-        token = sample(
-            scores,
-            seed=seed,
-            position=position,
-            request=name,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-        )
+        try:
+            token = sample(
+                scores,
+                seed=seed,
+                position=position,
+                request=name,
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+            )
+        except ValueError as error:
+            raise UserError(f"at token {len(tokens)}: {error}; are the model's weights whole?") from error
         if int(token) == config.end_id:
             break
         tokens.append(int(token))

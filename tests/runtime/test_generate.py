@@ -128,3 +128,9 @@ def test_seconds_beyond_the_room_are_refused() -> None:
 def test_bad_parameters(bad: dict) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         SamplingParams(**bad)
+
+
+def test_weights_that_are_not_numbers_are_named(decoder) -> None:
+    features = torch.full((3, 8), torch.nan)
+    with pytest.raises(UserError, match="token 0"):
+        sample_tokens(decoder, features, PLAIN, budget=(0, 5))
