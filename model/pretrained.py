@@ -325,7 +325,7 @@ def load_pretrained(
     """
     folder = find_model(path_or_id)
     manifest = _read_manifest(folder)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = _place(device)
     tensors = {name: _read_shards(folder, manifest, name) for name in ("tokenizer", "decoder")}
     stored = {name: widest(value.dtype for value in values.values()) for name, values in tensors.items()}
     dtypes = {"tokenizer": torch.float32, "decoder": _decoder_dtype(dtype, place, stored["decoder"])}
@@ -361,6 +361,21 @@ def _section(manifest: Mapping[str, Any], name: str, folder: Path) -> dict[str, 
     if not isinstance(value, dict):
         raise UserError(f"{folder / MANIFEST}: expected {name!r} to be an object, got {type(value).__name__}")
     return value
+
+
+def _place(device: str | torch.device) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device("cuda" if count else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise UserError(f"expected device to be 'auto', 'cpu', 'cuda' or 'cuda:0' and so on, got {str(device)!r}")
+    if place.type == "cuda" and (place.index or 0) >= count:
+        raise UserError(f"device {str(device)!r}: torch sees {count} CUDA devices on this machine; use 'cpu' or 'auto'")
+    return place
 
 
 def _decoder_dtype(dtype: str | torch.dtype, device: torch.device, stored: torch.dtype) -> torch.dtype:

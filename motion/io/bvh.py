@@ -1,6 +1,7 @@
 """BVH files through pybvh: ours out, anybody's in."""
 
 import re
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,11 @@ def load_bvh(path: Path, data: bytes) -> Motion:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its guesses of the up axis, which are checked against the hips here
-            clip = pybvh.read_bvh_file(path)
+            # pybvh opens files ending in .bvh in lower case; a copy also makes sure it sees the bytes that were checked.
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder) / "clip.bvh"
+                copy.write_bytes(data)
+                clip = pybvh.read_bvh_file(copy)
             root, local = clip.to_rotmat()
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         detail = " ".join(str(error).split())[:100]

@@ -11,9 +11,10 @@ from kinetok.errors import UserError
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` (same suffix); rename it into place on success, delete it on failure.
+    """Yield a temporary path beside ``path``; rename it into place on success, delete it on failure.
 
-    Missing parent folders are made. Raises ``UserError`` when the folder cannot be written or the disk is full.
+    It has the suffix of ``path`` in lower case, which writers that go by suffixes want. Missing parent folders are made.
+    Raises ``UserError`` when the folder cannot be written or the disk is full.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -21,7 +22,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise UserError(f"cannot write {path}: expected a file name, but it is a folder")
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix.lower(), dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary

@@ -1,147 +1,294 @@
-"""What a user can get wrong: one line that says what was expected, exit code 2, nothing half-written."""
+"""Whatever a user gets wrong: one line that says what was expected, exit code 2, and nothing left behind."""
 
 import errno
 import os
-import pickle
-import zipfile
-from pathlib import Path
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from kinetok.model.restricted import read_tensors
+from kinetok.motion import Motion
+from kinetok.motion.skeleton import CANONICAL_OFFSETS
 
-def files(folder: Path) -> list[str]:
+WALK = "a person walks forward"
+
+
+def tree(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+@pytest.fixture
+def motion():
+    rotations = np.broadcast_to(np.eye(3), (8, 22, 3, 3))
+    return Motion(rotations=rotations, root=np.tile([0.0, 0.9, 0.0], (8, 1)), offsets=CANONICAL_OFFSETS)
+
+
 @pytest.mark.parametrize(
-    ("prompt", "says"),
-    [("", "empty"), ("  ", "empty"), ("x" * 100_000, "10000"), ("a\x00b", "U+0000")],
+    ("prompt", "expected"),
+    [
+        ("", "empty prompt"),
+        (" \t\n ", "empty prompt"),
+        ("walk " * 20_000, "characters, got 100000"),
+        ("a person \udcff walks", "plain text"),
+        ("a person \x00 walks", "plain text"),
+    ],
 )
-def test_prompts(refused, model, tmp_path: Path, prompt: str, says: str) -> None:
-    assert says in refused("generate", prompt, "--model", model, "-o", tmp_path / "out")
-    assert files(tmp_path) == []
+def test_prompts(refused, model, tmp_path, prompt, expected):
+    assert expected in refused("generate", prompt, "--model", model, "-o", tmp_path / "out")
+    assert tree(tmp_path) == []
 
 
-@pytest.mark.parametrize("value", ["-1", "0", "1e9", "nan", "11"])
-def test_seconds(refused, model, tmp_path: Path, value: str) -> None:
-    assert "seconds" in refused("generate", "walk", "--model", model, f"--seconds={value}", "-o", tmp_path / "out")
-    assert files(tmp_path) == []
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "one prompt a line"),
+        (b"\n  \n", "one prompt a line"),
+        (b"a person walks\n\xff\xfe\n", "UTF-8"),
+        (b"a person walks\n" + b"x" * 100_000, "line 2"),
+        (None, "cannot read"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "embed"])
+def test_prompt_files(refused, model, tmp_path, command, content, expected):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    before = tree(tmp_path)
+    source = ("--prompts", file) if command == "generate" else (file,)
+    assert expected in refused(command, *source, "--model", model, "-o", tmp_path / "out")
+    assert tree(tmp_path) == before
 
 
-def test_prompt_files(refused, model, tmp_path: Path) -> None:
-    bad = tmp_path / "prompts.txt"
-    for content, says in ((b"a person \xff walks\n", "UTF-8"), (b"\n \n", "none"), (b"ok\n" + b"y" * 20_000, "line 2")):
-        bad.write_bytes(content)
-        assert says in refused("generate", "--prompts", bad, "--model", model, "-o", tmp_path / "out")
-    assert "cannot read" in refused("generate", "--prompts", tmp_path / "absent", "-o", tmp_path / "out")
-    assert files(tmp_path) == ["prompts.txt"]
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--seconds", "-1"), "seconds"),
+        (("--seconds", "0"), "seconds"),
+        (("--seconds", "1e9"), "at most 10"),
+        (("--seconds", "nan"), "seconds"),
+        (("--seconds", "long"), "--seconds"),
+        (("--seed", "-1"), "seed"),
+        (("--seed", str(2**64)), "seed"),
+        (("--temperature", "-0.5"), "temperature"),
+        (("--top-p", "1.5"), "top_p"),
+        (("--top-k", "-1"), "top_k"),
+        (("--guidance", "inf"), "guidance"),
+        (("--max-tokens", "0"), "max_tokens"),
+        (("--format", "fbx"), "fbx"),
+        (("--format", ","), "--format"),
+        (("--device", "toaster"), "'cpu', 'cuda'"),
+        (("--device", "meta"), "'cpu', 'cuda'"),
+        (("--device", f"cuda:{torch.cuda.device_count()}"), "CUDA devices"),
+        (("--dtype", "int3"), "int3"),
+        (("--secnds", "3"), "--seconds"),
+    ],
+)
+def test_options(refused, model, tmp_path, options, expected):
+    assert expected in refused("generate", WALK, "--model", model, "-o", tmp_path / "out", *options)
+    assert not list(tmp_path.rglob("*.*"))
 
 
-def test_models(refused, tmp_path: Path) -> None:
-    assert "unknown model" in refused("generate", "walk", "--model", "nowhere", "-o", tmp_path / "out")
-    (tmp_path / "empty").mkdir()
-    assert "kinetok.json" in refused("generate", "walk", "--model", tmp_path / "empty", "-o", tmp_path / "out")
+@pytest.mark.parametrize("arguments", [("genrate",), ("generate",), ("train",), ("convert", "a.bvh"), ("--colour",)])
+def test_usage_errors_are_one_line(refused, arguments):
+    refused(*arguments)
 
 
-def test_output_that_cannot_be_written(refused, model, tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "out").write_text("a file")
-    assert "cannot write" in refused("generate", "a person runs", "--model", model, "-o", tmp_path / "out")
-    before = files(tmp_path)
+def test_unknown_model(refused, tmp_path):
+    assert "unknown model" in refused("generate", WALK, "--model", "./no-such-model", "-o", tmp_path / "out")
+    assert "unknown model" in refused("embed", __file__, "--model", "./no-such-model", "-o", tmp_path / "bank")
+    assert tree(tmp_path) == []
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "replace", full)
-    arguments = ("generate", "a person runs", "--model", model, "--format", "npz", "-o", tmp_path / "full")
-    assert "No space left" in refused(*arguments)
-    assert [name for name in files(tmp_path) if name not in before] == ["full"]
+def test_a_prompt_without_an_encoder(refused, model, tmp_path):
+    assert "not in the bank" in refused("generate", "a cat sleeps", "--model", model, "-o", tmp_path / "out")
+    assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not json", "missing"])
+def test_damaged_model(refused, model, tmp_path, damage):
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for path in model.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    if damage == "truncated":
+        shard = next(copy.glob("decoder-*"))
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "not json":
+        (copy / "kinetok.json").write_text("{", encoding="utf-8")
+    else:
+        next(copy.glob("tokenizer-*")).unlink()
+    refused("generate", WALK, "--model", copy, "-o", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
 
 
 class Attack:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
     def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
+        return os.system, ("echo ran > ran.txt",)
 
 
-def test_checkpoints(refused, tmp_path: Path, golden) -> None:
-    mean, std = tmp_path / "mean.npy", tmp_path / "std.npy"
-    np.save(mean, np.zeros(272))
-    np.save(std, np.ones(272))
-    tokenizer, decoder = golden("tokenizer_p1.pth"), golden("transformer_small.pth")
-    marker = tmp_path / "marker"
-    torch.save({"net": Attack(marker)}, tmp_path / "hostile.pth")
-    with zipfile.ZipFile(tmp_path / "hostile.pth") as archive:
-        assert b"mkdir" in archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Attack(marker)))
-    (tmp_path / "short.pth").write_bytes(tokenizer.read_bytes()[:50_000])
-    np.save(tmp_path / "long.npy", np.ones(273))
-    np.save(tmp_path / "zeros.npy", np.zeros(272))
-    before = files(tmp_path)
-
-    def said(**changes) -> str:
-        paths = {"tokenizer": tokenizer, "decoder": decoder, "mean": mean, "std": std, **changes}
-        options = [text for name, path in paths.items() for text in (f"--{name}", path)]
-        return refused("import-checkpoint", tmp_path / "model", *options, "--config", "n_head=4")
-
-    assert "hostile.pth" in said(tokenizer=tmp_path / "hostile.pth")
-    assert "plain.pth" in said(tokenizer=tmp_path / "plain.pth")
-    assert "short.pth" in said(tokenizer=tmp_path / "short.pth")
-    assert "272" in said(mean=tmp_path / "long.npy")
-    assert "positive" in said(std=tmp_path / "zeros.npy")
-    assert "absent" in said(decoder=tmp_path / "absent")
-    assert files(tmp_path) == before and not marker.exists()
-
-
-BVH = """HIERARCHY
-ROOT Hips
-{
- OFFSET 0 0 0
- CHANNELS 6 Xposition Yposition Zposition Zrotation Yrotation Xrotation
- End Site
- {
-  OFFSET 0 1 0
- }
-}
-MOTION
-Frames: FRAMES
-Frame Time: 0.0333333
-ROWS
-"""
+@pytest.mark.parametrize("kind", ["code", "code in place of tensors", "truncated", "empty", "text", "missing"])
+def test_hostile_checkpoints(refused, golden, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    decoder = tmp_path / "decoder.pth"
+    whole = golden("transformer_small.pth").read_bytes()
+    if kind == "code":
+        torch.save(Attack(), decoder)
+    elif kind == "code in place of tensors":
+        # The matrices stay, so that reading goes on until the weights are looked at one by one.
+        weights = read_tensors(golden("transformer_small.pth"))["trans"]
+        torch.save({"trans": {name: w.clone() if w.ndim > 1 else Attack() for name, w in weights.items()}}, decoder)
+    elif kind != "missing":
+        decoder.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}[kind])
+    np.save("mean.npy", np.zeros(272))
+    np.save("std.npy", np.ones(272))
+    before = tree(tmp_path)
+    line = refused(
+        "import-checkpoint", "out", "--decoder", decoder, "--tokenizer", golden("tokenizer_p1.pth"),
+        "--mean", "mean.npy", "--std", "std.npy", "--config", "n_head=4",
+    )  # fmt: skip
+    assert "decoder.pth" in line and (kind != "code in place of tensors" or "ln_f.scale (expected a tensor" in line)
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("name", "values"),
     [
-        (BVH.replace("FRAMES", "1").replace("ROWS", "0 0 0 0 0 0"), "left_hip"),
-        (BVH.replace("FRAMES", "0").replace("ROWS", ""), "frames"),
-        (BVH.replace("FRAMES", "1").replace("ROWS", "0 nan 0 0 0 0"), "NaN"),
-        (BVH.replace("FRAMES", "9").replace("ROWS", "0 0 0 0 0 0"), "truncated"),
-        (BVH[:60], "MOTION"),
-        ("not a figure", "HIERARCHY"),
-        ("", "HIERARCHY"),
-        (BVH.replace("}\nMOTION", "MOTION").replace("FRAMES", "1").replace("ROWS", "0 0 0 0 0 0"), "braces"),
+        ("mean", np.zeros(271)),
+        ("mean", np.full(272, np.nan)),
+        ("std", np.ones(263)),
+        ("std", np.zeros(272)),
+        ("std", np.where(np.arange(272) == 5, 0.0, 1.0)),
+        ("std", np.array([Attack()] * 272, dtype=object)),
     ],
 )
-def test_bvh(refused, tmp_path: Path, text: str, says: str) -> None:
-    source = tmp_path / "a.bvh"
-    source.write_text(text)
-    assert says in refused("convert", source, tmp_path / "b.glb")
-    assert files(tmp_path) == ["a.bvh"]
+def test_statistics(refused, golden, tmp_path, monkeypatch, name, values):
+    monkeypatch.chdir(tmp_path)
+    for file, array in {"mean": np.zeros(272), "std": np.ones(272), name: values}.items():
+        np.save(f"{file}.npy", array)
+    before = tree(tmp_path)
+    line = refused(
+        "import-checkpoint", "out", "--decoder", golden("transformer_small.pth"), "--tokenizer",
+        golden("tokenizer_p1.pth"), "--mean", "mean.npy", "--std", "std.npy",
+    )  # fmt: skip
+    assert f"{name}" in line
+    assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("suffix", ["bvh", "glb", "npz", "npy"])
-def test_files_of_noise(refused, tmp_path: Path, suffix: str) -> None:
-    source = tmp_path / f"a.{suffix}"
-    source.write_bytes(np.random.default_rng(0).bytes(3000))
-    refused("convert", source, tmp_path / "b.npz")
-    assert "cannot read" in refused("convert", tmp_path / f"absent.{suffix}", tmp_path / "b.npz")
-    assert files(tmp_path) == [source.name]
+@pytest.mark.parametrize(
+    "damage", ["missing joints", "no frames", "nan", "truncated", "empty", "bytes", "not a number", "missing"]
+)
+def test_bvh(refused, motion, tmp_path, damage):
+    source = tmp_path / "clip.bvh"
+    motion.save(source)
+    text = source.read_text(encoding="utf-8")
+    head, _, rows = text.partition("Frame Time:")
+    time, *lines = rows.strip().split("\n")
+    if damage == "missing joints":
+        text = (
+            "HIERARCHY\nROOT Hips\n{\nOFFSET 0 0 0\nCHANNELS 6 Xposition Yposition Zposition Zrotation Xrotation "
+            "Yrotation\nEnd Site\n{\nOFFSET 0 1 0\n}\n}\nMOTION\nFrames: 1\nFrame Time: 0.033333\n0 0 0 0 0 0\n"
+        )
+    elif damage == "no frames":
+        text = head.replace("Frames: 8", "Frames: 0") + f"Frame Time: {time}\n"
+    elif damage == "nan":
+        text = text.replace(lines[3], " ".join(["nan", *lines[3].split()[1:]]))
+    elif damage == "truncated":
+        text = text[: len(text) * 2 // 3]
+    elif damage == "empty":
+        text = ""
+    elif damage == "not a number":
+        text = text.replace(lines[3], " ".join(["much", *lines[3].split()[1:]]))
+    source.write_text(text, encoding="utf-8")
+    if damage == "bytes":
+        source.write_bytes(b"HIERARCHY\xff\x00\x9c")
+    elif damage == "missing":
+        source.unlink()
+    before = tree(tmp_path)
+    assert "clip.bvh" in refused("convert", source, tmp_path / "clip.glb")
+    assert tree(tmp_path) == before
 
 
-def test_words_that_do_not_exist(refused) -> None:
-    for arguments in (("walk",), ("generate", "--nope"), ("train", "tokenizer", "--recipe", "maxi"), ("generate",)):
-        refused(*arguments)
+@pytest.mark.parametrize("suffix", ["glb", "npz", "npy"])
+@pytest.mark.parametrize("content", [b"", b"nonsense", None])
+def test_other_motion_files(refused, motion, tmp_path, suffix, content):
+    source = tmp_path / f"clip.{suffix}"
+    motion.save(source)
+    source.write_bytes(content if content is not None else source.read_bytes()[:-40])
+    assert f"clip.{suffix}" in refused("convert", source, tmp_path / "clip.bvh")
+    assert tree(tmp_path) == [source.name]
+
+
+def test_convert_options(refused, motion, tmp_path):
+    source = tmp_path / "clip.npz"
+    motion.save(source)
+    assert "Y" in refused("convert", source, tmp_path / "clip.bvh", "--up", "W")
+    assert "scale" in refused("convert", source, tmp_path / "clip.bvh", "--scale", "0")
+    assert "--up" in refused("convert", source, tmp_path / "clip.glb", "--up", "Z")
+    assert ".fbx" in refused("convert", source, tmp_path / "clip.fbx")
+    assert tree(tmp_path) == ["clip.npz"]
+
+
+def test_a_file_in_place_of_a_folder(refused, model, motion, tmp_path):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("mine", encoding="utf-8")
+    clip = tmp_path / "clip.npz"
+    motion.save(clip)
+    refused("generate", WALK, "--model", model, "-o", blocked)
+    refused("generate", WALK, "--model", model, "-o", blocked / "below")
+    refused("convert", clip, blocked / "clip.bvh")
+    refused("convert", clip, tmp_path)
+    assert "folder" in refused("generate", WALK, "--model", model, "-o", tmp_path / "walk.bvh")
+    assert tree(tmp_path) == ["blocked", "clip.npz"] and blocked.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root writes to read-only folders as well")
+def test_a_read_only_folder(refused, model, motion, tmp_path):
+    clip = tmp_path / "clip.npz"
+    motion.save(clip)
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    refused("generate", WALK, "--model", model, "-o", folder)
+    refused("convert", clip, folder / "clip.bvh")
+    assert tree(folder) == []
+
+
+@pytest.mark.parametrize("suffix", ["bvh", "glb", "npz", "npy", "png"])
+def test_a_full_disk(refused, motion, tmp_path, monkeypatch, suffix):
+    source = tmp_path / "clip.npz"
+    motion.save(source)
+    target = tmp_path / f"other.{suffix}"
+    target.write_text("the file of an earlier run", encoding="utf-8")
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no device that is always full")
+
+    def full(*, prefix, suffix, dir):
+        link = os.path.join(dir, f"{prefix}full{suffix}")
+        os.symlink("/dev/full", link)
+        return os.open(os.devnull, os.O_RDWR), link
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kinetok.files.tempfile.mkstemp", full)
+        assert "No space left on device" in refused("convert", source, target)
+    assert tree(tmp_path) == sorted([source.name, target.name])
+    assert target.read_text(encoding="utf-8") == "the file of an earlier run"
+
+
+def test_a_disk_that_fills_up_at_the_rename(refused, model, tmp_path, monkeypatch):
+    def full(self, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    line = refused("generate", WALK, "--model", model, "-o", tmp_path, "--format", "npz", "--seconds", 0.2)
+    assert os.strerror(errno.ENOSPC) in line
+    assert tree(tmp_path) == []
+
+
+def test_train_and_verify(refused, model, tmp_path):
+    assert "recipe" in refused("train", "tokenizer", "--recipe", "maxi", "--out", tmp_path / "run")
+    refused("train", "tokenizer", "--data", tmp_path / "nothing", "--out", tmp_path / "run")
+    refused("train", "decoder", "--tokenizer", tmp_path / "nothing.pt", "--out", tmp_path / "run")
+    refused("verify-checkpoint", model, "--against", tmp_path / "nothing.npz")
+    refused("verify-checkpoint", tmp_path / "nothing", "--against", __file__)
+    assert tree(tmp_path) == []

@@ -117,3 +117,10 @@ def test_real_files(tmp_path: Path) -> None:
         assert -0.05 < joints[..., 1].min() < 0.1
         assert (joints[:, AT["head"], 1] - joints[:, AT["pelvis"], 1]).min() > 0.2
         assert joints[0, AT["left_hip"], 0] > joints[0, AT["right_hip"], 0]
+
+
+def test_a_suffix_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "CLIP.BVH").write_text(_figure(), encoding="utf-8")
+    motion = Motion.load(tmp_path / "CLIP.BVH")
+    motion.save(tmp_path / "COPY.BVH")
+    np.testing.assert_allclose(Motion.load(tmp_path / "COPY.BVH").joints, motion.joints, atol=1e-4)

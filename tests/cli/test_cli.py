@@ -1,0 +1,85 @@
+"""The commands' shape: help with an example, exit codes, and a start that imports nothing heavy."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from kinetok.motion import Motion
+from kinetok.motion.skeleton import CANONICAL_OFFSETS
+
+COMMANDS = ("generate", "view", "convert", "embed", "import-checkpoint", "verify-checkpoint", "train", "doctor")
+
+
+@pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), ("train", "tokenizer"), ("train", "decoder")])
+def test_help_shows_an_example(kinetok, command):
+    result = kinetok(*command, "--help")
+    assert result.code == 0 and "Example" in result.out and f"kinetok {command[0]}" in result.out
+
+
+def test_no_command_lists_them_all(kinetok):
+    result = kinetok()
+    assert result.code == 0 and all(name in result.out for name in COMMANDS)
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys; sys.argv = ['kinetok', '--help']\n"
+        "from kinetok.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'numpy', 'transformers', 'safetensors'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr.strip() == "[]"
+
+
+def test_a_bug_keeps_its_traceback(kinetok, monkeypatch, tmp_path):
+    def broken(path):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Motion, "load", broken)
+    with pytest.raises(ZeroDivisionError):
+        kinetok("convert", tmp_path / "a.npz", tmp_path / "b.npz")
+
+
+def test_an_interrupt_is_one_line(kinetok, monkeypatch, tmp_path):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Motion, "load", interrupted)
+    result = kinetok("convert", tmp_path / "a.npz", tmp_path / "b.npz")
+    assert (result.code, result.out, result.err) == (130, "", "kinetok: interrupted\n")
+
+
+def test_convert_between_all(kinetok, tmp_path):
+    source = tmp_path / "clip.npz"
+    root = np.stack([np.linspace(0, 1, 20), np.full(20, 0.9), np.zeros(20)], axis=-1)
+    Motion(rotations=np.broadcast_to(np.eye(3), (20, 22, 3, 3)), root=root, offsets=CANONICAL_OFFSETS).save(source)
+    for suffix in ("bvh", "glb", "npz"):
+        target = tmp_path / f"other.{suffix}"
+        result = kinetok("convert", source, target)
+        assert result.code == 0 and str(target) in result.out
+        np.testing.assert_allclose(Motion.load(target).joints, Motion.load(source).joints, atol=1e-4)
+        source = target
+    tall = tmp_path / "tall.bvh"
+    assert kinetok("convert", source, tall, "--up", "Z", "--scale", 100).code == 0
+    assert "Frames: 20" in tall.read_text(encoding="utf-8")
+
+
+def test_doctor(kinetok):
+    result = kinetok("doctor", "--json")
+    report = json.loads(result.out)
+    assert result.code == 0 and report["packages"]["torch"]["version"] and report["threads"] >= 1
+    assert {"device", "attention", "default_model"} <= set(report)
+    text = kinetok("doctor").out
+    assert all(name in text for name in ("torch", "pybvh", "viser", "device", "default model"))
+
+
+def test_verify_exits_with_one_when_arrays_differ(kinetok, model, tmp_path):
+    against = tmp_path / "saved.npz"
+    features = np.random.default_rng(0).standard_normal((4, 12)).astype(np.float32)
+    np.savez(against, text_features=features, first_logits=np.full(241, 1e3, np.float32))
+    result = kinetok("verify-checkpoint", model, "--against", against)
+    assert result.code == 1 and "FAIL" in result.out and result.err == ""
