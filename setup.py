@@ -29,6 +29,7 @@ DEV = [
     "pywavelets",
     "ruff",
     "scipy",
+    "triton>=3.6,<3.10; sys_platform == 'linux'",
 ]
 
 setup(

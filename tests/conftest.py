@@ -1,9 +1,14 @@
 """Fixtures shared by all tests."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton, which decides then how its kernels run
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "tests" / "golden"
