@@ -85,9 +85,10 @@ class TokenizerConfig(_Config):
             raise UserError(f"TokenizerConfig: patch_size {self.patch_size} needs a patcher, got patcher 'none'")
         if self.kernel_size % 2 == 0:
             raise UserError(f"TokenizerConfig: expected an odd kernel_size, got {self.kernel_size}")
-        if self.down_t and self.stride_t != 2:
-            # The decoder of the reference always upsamples by two, so another stride cannot be decoded.
-            raise UserError(f"TokenizerConfig: expected stride_t 2, got {self.stride_t}")
+        if self.down_t and self.stride_t != 2 and not (self.stride_t == 1 and self.causal):
+            # The reference always upsamples by two. A stage without a stride (the wavelet shortens time in its place) keeps
+            # its length in the causal network only, where the even kernel is padded on one side.
+            raise UserError(f"TokenizerConfig: expected stride_t 2 (or 1 in a causal network), got {self.stride_t}")
 
     @property
     def levels(self) -> tuple[int, ...]:

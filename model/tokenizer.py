@@ -123,10 +123,11 @@ class _Up(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.blocks = _residuals(config)
+        self.stride = config.stride_t
         self.conv = _plain(config, config.width, config.width, UP_KERNEL)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.blocks(x).repeat_interleave(2, dim=1))
+        return self.conv(self.blocks(x).repeat_interleave(self.stride, dim=1))
 
 
 class Encoder(nn.Module):

@@ -80,7 +80,7 @@ def _adamw(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
     matrices = [p for p in module.parameters() if p.ndim >= 2]
     others = [p for p in module.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def fit(task: Task, config: LoopConfig, run: str | Path, *, resume: bool = False
     average = copy.deepcopy(task.module)
     rng = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
-    step, lowest, spent = 0, math.inf, 0.0
+    step, lowest, spent, spent_cpu = 0, math.inf, 0.0, 0.0
     if resume and last.exists():
         state = torch.load(last, weights_only=True)
         if state["identity"] != identity:
@@ -128,9 +128,9 @@ def fit(task: Task, config: LoopConfig, run: str | Path, *, resume: bool = False
         optimizer.load_state_dict(state["optimizer"])
         rng.bit_generator.state = state["rng"]
         torch.set_rng_state(state["torch_rng"])
-        step, lowest, spent = state["step"], state["lowest"], state["seconds"]
+        step, lowest, spent, spent_cpu = (state[key] for key in ("step", "lowest", "seconds", "cpu_seconds"))
 
-    began = time.perf_counter() - spent
+    began, began_cpu = time.perf_counter() - spent, time.process_time() - spent_cpu
     with ExitStack() as stack:
         log = _Log(run, stack)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -152,8 +152,8 @@ def fit(task: Task, config: LoopConfig, run: str | Path, *, resume: bool = False
             progress.update(bar, completed=step, description=f"{run.name}  loss {losses['loss'].item():.4f}")
             if step % 50 == 0:
                 values = {name: float(value.detach()) for name, value in losses.items()}
-                elapsed = time.perf_counter() - began
-                log.write("train", step, {**values, "grad_norm": float(norm), "seconds": elapsed})
+                values["seconds"], values["cpu_seconds"] = time.perf_counter() - began, time.process_time() - began_cpu
+                log.write("train", step, {**values, "grad_norm": float(norm)})
             if step % config.validate_every == 0 or step == config.steps:
                 average.eval()
                 figures = {name: float(value) for name, value in task.validate(average).items()}
@@ -175,6 +175,7 @@ def fit(task: Task, config: LoopConfig, run: str | Path, *, resume: bool = False
                         "step": step,
                         "lowest": lowest,
                         "seconds": time.perf_counter() - began,
+                        "cpu_seconds": time.process_time() - began_cpu,
                     },
                 )
     return best

@@ -5,8 +5,12 @@ from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
 from kinetok.kernels.kinematics import forward_kinematics, matrix_from_6d
+from kinetok.kernels.wavelet import dwt
 from kinetok.motion.features import HEADING_CHANGE, POSITIONS, ROOT_VELOCITY, ROTATIONS
+from kinetok.motion.quality import FOOT_JOINTS
 from kinetok.motion.skeleton import CANONICAL_OFFSETS, JOINTS, PARENTS
+
+FOOT_SCALE = 60.0  # a metre; a slide of 1.7 cm in a frame is where the loss turns from square to linear
 
 
 def released_loss(pred: Tensor, target: Tensor) -> Tensor:
@@ -14,27 +18,50 @@ def released_loss(pred: Tensor, target: Tensor) -> Tensor:
     return smooth_l1_loss(pred, target) + 0.5 * smooth_l1_loss(pred[..., POSITIONS], target[..., POSITIONS])
 
 
-def mini_losses(pred: Tensor, target: Tensor, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+def world_steps(joints: Tensor, frames: Tensor) -> Tensor:
+    """The way of each joint in each frame, ``[B, T - 1, J, 3]`` metres, seen in the heading of the frame before.
+
+    joints ``[B, T, J, 3]`` as in channels 8:74 (heading removed, x and z of the root subtracted), frames ``[B, T, 272]``
+    not normalised (section 5).
+    """
+    turn = matrix_from_6d(frames[:, 1:, HEADING_CHANGE]).transpose(-1, -2)
+    x, z = frames[:, 1:, ROOT_VELOCITY].unbind(-1)
+    root = torch.stack((x, torch.zeros_like(x), z), dim=-1)
+    return torch.einsum("btij,btkj->btki", turn, joints[:, 1:]) + root[:, :, None] - joints[:, :-1]
+
+
+def mini_losses(pred: Tensor, target: Tensor, mean: Tensor, std: Tensor, *, bands: float = 0.0) -> dict[str, Tensor]:
     """The released loss and what a small data set needs beside it, on normalised frames ``[B, T, 272]``.
 
     root: the eight root channels again, and the error of the path they add up to, else a run of 4 m travels 0.7 m.
     motion: frame-to-frame differences of the positions. body: joints by forward kinematics of the rotations (heading
-    left off), and their differences, because files are written from the rotations.
+    left off), and their differences, because files are written from the rotations. feet: the steps of ankles and toes over
+    the floor, which are small differences between the path and the legs; without it feet slide. bands: weight of the error
+    in the upper half of the frequencies (one Haar level), where motion has little energy.
     """
     root = slice(ROOT_VELOCITY.start, HEADING_CHANGE.stop)
     path = (pred - target)[..., ROOT_VELOCITY].cumsum(1)
     offsets = pred.new_tensor(CANONICAL_OFFSETS)
-    body = pred[..., ROTATIONS] * std[ROTATIONS] + mean[ROTATIONS]
-    local = matrix_from_6d(body.unflatten(-1, (JOINTS, 6)))
-    origin = pred[..., POSITIONS][..., :3] * std[POSITIONS][:3] + mean[POSITIONS][:3]
-    joints = forward_kinematics(local, origin, offsets, PARENTS)[0].flatten(-2)
-    built = (joints - mean[POSITIONS]) / std[POSITIONS]
+    metric = pred * std + mean
+    local = matrix_from_6d(metric[..., ROTATIONS].unflatten(-1, (JOINTS, 6)))
+    joints, _ = forward_kinematics(local, metric[..., POSITIONS][..., :3], offsets, PARENTS)
+    built = (joints.flatten(-2) - mean[POSITIONS]) / std[POSITIONS]
     truth = target[..., POSITIONS]
+    real = target * std + mean
+    feet = [world_steps(j[..., FOOT_JOINTS, :], x) for j, x in ((joints, metric), (_joints(real), real))]
     losses = {
         "released": released_loss(pred, target),
         "root": 0.5 * smooth_l1_loss(pred[..., root], target[..., root])
         + 0.02 * smooth_l1_loss(0.3 * path, torch.zeros_like(path)),
         "motion": 0.5 * smooth_l1_loss(8 * pred[..., POSITIONS].diff(dim=1), 8 * truth.diff(dim=1)),
         "body": 0.5 * smooth_l1_loss(built, truth) + 0.5 * smooth_l1_loss(8 * built.diff(dim=1), 8 * truth.diff(dim=1)),
+        "feet": 0.1 * smooth_l1_loss(FOOT_SCALE * feet[0], FOOT_SCALE * feet[1]),
     }
+    if bands:
+        high = dwt(pred - target, 1, scale="orthonormal", channels_last=True)[..., pred.shape[-1] :]
+        losses["bands"] = bands * smooth_l1_loss(8 * high, torch.zeros_like(high))
     return {"loss": sum(losses.values(), start=pred.new_zeros(())), **losses}
+
+
+def _joints(frames: Tensor) -> Tensor:
+    return frames[..., POSITIONS].unflatten(-1, (JOINTS, 3))

@@ -26,6 +26,14 @@ def test_lengths(patcher: str, patch_size: int, down_t: int, causal: bool) -> No
     assert model.decode(tokens).shape == (2, 3 * unit, 12)
 
 
+def test_a_stage_without_a_stride_leaves_shortening_to_the_wavelet() -> None:
+    model = small(patcher="haar", patch_size=2, stride_t=1, causal=True)
+    assert model.config.frames_per_token == 2
+    assert model.decode(model.encode(torch.randn(1, 6, 12))).shape == (1, 6, 12)
+    with pytest.raises(UserError, match="causal"):
+        small(stride_t=1)
+
+
 @pytest.mark.parametrize("norm", ["LN", "GN", "BN", "none"])
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
 def test_a_batch_decodes_as_a_batch(norm: str, activation: str) -> None:

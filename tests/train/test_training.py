@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from kinetok.errors import UserError
+from kinetok.kernels.kinematics import heading_scan, matrix_from_6d
 from kinetok.model.config import DecoderConfig, TokenizerConfig
-from kinetok.train.data.store import Clip
+from kinetok.motion.features import HEADING_CHANGE, POSITIONS, from_motion, joints_from_positions
+from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.train.data.store import Clip, matrices
 from kinetok.train.decoder import other_subjects
-from kinetok.train.losses import released_loss
+from kinetok.train.losses import released_loss, world_steps
 from kinetok.train.recipes import decoder_recipe, mini_tokenizer, tokenizer_recipe
 from kinetok.train.tokenizer import TokenizerTask, draw_weights
 
@@ -44,7 +47,7 @@ def test_the_folded_tokenizer_computes_the_same() -> None:
         optimizer.step()
     figures = task.validate(task.module.eval())
     assert np.isfinite(list(figures.values())).all()
-    frames = task.held_out[0][None]
+    frames = task._normal(task.held_out[0].features)[None]
     with torch.no_grad():
         pred, indices, _ = task.module(frames)
         folded = task.module.folded()
@@ -78,3 +81,15 @@ def test_the_shipped_model_is_the_recipe(tmp_path: Path) -> None:
     model = kinetok.load(device="cpu").model
     assert model.tokenizer.config == tokenizer_recipe("mini").model
     assert model.decoder.config == decoder_recipe("mini").model
+
+
+def test_steps_over_the_floor_are_those_of_the_joints_themselves() -> None:
+    rng = np.random.default_rng(0)
+    rotations = matrices(rng.standard_normal((12, 22, 3)).cumsum(0) * 0.1)
+    root = rng.standard_normal((12, 3)).cumsum(0) * 0.05 + [0, 1, 0]
+    x = from_motion(rotations, root, np.array(CANONICAL_OFFSETS))
+    joints = joints_from_positions(x)  # in the world
+    heading = heading_scan(matrix_from_6d(torch.from_numpy(x[:, HEADING_CHANGE]))).numpy()
+    expected = np.einsum("tij,tkj->tki", heading[:-1], np.diff(joints, axis=0))
+    local = torch.from_numpy(x[:, POSITIONS]).unflatten(-1, (22, 3))
+    np.testing.assert_allclose(world_steps(local[None], torch.from_numpy(x)[None])[0], expected, atol=1e-9)

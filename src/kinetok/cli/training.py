@@ -9,6 +9,7 @@ from kinetok.cli.common import example
 
 DATA = typer.Option(help="Motion data in the form of data/cmu.")
 RESUME = typer.Option(help="Continue the run in --out.")
+SEED = typer.Option(help="Seed of the run; the recipe's own without.", min=0)
 THREADS = typer.Option(help="CPU threads; torch's choice without.", min=1)
 
 
@@ -33,13 +34,14 @@ def tokenizer(
     data: Annotated[Path, DATA] = Path("data/cmu"),
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/tokenizer"),
     resume: Annotated[bool, RESUME] = False,
+    seed: Annotated[int | None, SEED] = None,
     threads: Annotated[int | None, THREADS] = None,
 ) -> None:
     """Train a motion tokenizer."""
     from kinetok.train.tokenizer import train
 
     _threads(threads)
-    print("wrote", train(recipe=recipe, data=data, out=out, resume=resume))
+    print("wrote", train(recipe=recipe, data=data, out=out, resume=resume, seed=seed))
 
 
 def decoder(
