@@ -1,12 +1,9 @@
 """Model directories: ``kinetok.json``, sharded safetensors, statistics and skeleton; nothing in them is code."""
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -17,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kinetok.errors import UserError, missing_package
-from kinetok.files import whole_file
+from kinetok.files import whole_directory, whole_file
 from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.released import check_keys
@@ -132,44 +129,10 @@ def _read_offsets(values: Any) -> np.ndarray:
     return array
 
 
-@contextmanager
-def whole_directory(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``out`` that takes its place on success and is removed on failure.
-
-    An existing model directory is replaced; any other folder with something in it is refused.
-    """
-    temporary: Path | None = None
-    old: Path | None = None
-    try:
-        if out.exists() and not (out.is_dir() and _replaceable(out)):
-            raise UserError(f"cannot write {out}: expected a new folder or a kinetok model, but it holds other files")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent)) / out.name
-            out.replace(old)
-        try:
-            temporary.replace(out)
-        except OSError:
-            if old is not None:
-                old.replace(out)
-            raise
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        for leftover in (temporary, old.parent if old is not None else None):
-            if leftover is not None:
-                shutil.rmtree(leftover, ignore_errors=True)
-
-
 def _replaceable(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     ours = {MANIFEST, STATS, BANK}
-    return not names or (MANIFEST in names and all(name in ours or _SHARD.fullmatch(name) for name in names))
+    return MANIFEST in names and all(name in ours or _SHARD.fullmatch(name) for name in names)
 
 
 def write_directory(
@@ -216,7 +179,7 @@ def write_directory(
         text = json.dumps(manifest, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"expected text_encoder, sampling and provenance to be plain JSON values: {error}") from error
-    with whole_directory(Path(out)) as folder:
+    with whole_directory(Path(out), _replaceable, "a kinetok model") as folder:
         for name, shards in parts.items():
             for file, tensors in zip(files[name], shards, strict=True):
                 if progress is not None:

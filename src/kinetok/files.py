@@ -2,8 +2,9 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kinetok.errors import UserError
@@ -36,3 +37,38 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_directory(out: Path, replaceable: Callable[[Path], bool], kind: str) -> Iterator[Path]:
+    """Yield a temporary folder beside ``out`` that takes its place on success and is removed on failure.
+
+    A folder that is there and empty or ``replaceable`` is replaced; any other is refused with a ``UserError`` that calls
+    what is expected ``kind``. Raises ``UserError`` too when the folder cannot be written or the disk is full.
+    """
+    temporary: Path | None = None
+    old: Path | None = None
+    try:
+        if out.exists() and not (out.is_dir() and (replaceable(out) or not any(out.iterdir()))):
+            raise UserError(f"cannot write {out}: expected a new folder or {kind}, but it holds other files")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent)) / out.name
+            out.replace(old)
+        try:
+            temporary.replace(out)
+        except OSError:
+            if old is not None:
+                old.replace(out)
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        for leftover in (temporary, old.parent if old is not None else None):
+            if leftover is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
