@@ -1,15 +1,16 @@
 """The decode loops: greedy as the reference does it, and sampled with guidance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.kernels.sampling import guide, sample
+from kinetok.kernels.sampling import draw, guide, gumbel
 from kinetok.model.decoder import MotionDecoder
 from kinetok.runtime.sampling import SamplingParams
 
+NOISE_AHEAD = 1 << 16  # numbers drawn at once: a small head's noise costs as much for one position as for fifty
 ENDED_AT_ONCE = [1]  # what the reference returns when the end token comes first
 
 
@@ -66,6 +67,7 @@ def sample_tokens(
     logits = decoder.prefill(rows, cache)
     seed = torch.tensor([params.seed - (params.seed >> 63 << 64)], device=logits.device)
     name = torch.tensor([request], device=logits.device)
+    noise = _noise(logits.shape[1], most, seed, name) if params.temperature else None
     tokens: list[int] = []
     while len(tokens) < most:
         scores = guide(logits[:1], logits[1:], params.guidance) if guided else logits.float()
@@ -73,13 +75,10 @@ def sample_tokens(
             scores[:, config.pad_id] = -torch.inf
         if len(tokens) < least:
             scores[:, config.end_id] = -torch.inf
-        position = torch.tensor([len(tokens)], device=logits.device)
         try:
-            token = sample(
+            token = draw(
                 scores,
-                seed=seed,
-                position=position,
-                request=name,
+                next(noise) if noise is not None else None,
                 temperature=params.temperature,
                 top_k=params.top_k,
                 top_p=params.top_p,
@@ -94,3 +93,11 @@ def sample_tokens(
         if len(tokens) < most:
             logits = decoder.decode_step(token.expand(len(rows)), cache)
     return tokens or list(ENDED_AT_ONCE)
+
+
+def _noise(classes: int, most: int, seed: Tensor, request: Tensor) -> Iterator[Tensor]:
+    """Gumbel noise ``[1, classes]`` of the positions 0 to most - 1, drawn several at a time."""
+    ahead = max(1, NOISE_AHEAD // classes)
+    for first in range(0, most, ahead):
+        positions = torch.arange(first, min(first + ahead, most), device=seed.device)
+        yield from gumbel(classes, seed, positions, request).split(1)

@@ -2,6 +2,6 @@
 
 from kinetok.kernels.sampling.arithmetic import exp2_weight, log_fp32
 from kinetok.kernels.sampling.philox import philox
-from kinetok.kernels.sampling.reference import guide, gumbel, sample
+from kinetok.kernels.sampling.reference import draw, guide, gumbel, sample
 
-__all__ = ["exp2_weight", "guide", "gumbel", "log_fp32", "philox", "sample"]
+__all__ = ["draw", "exp2_weight", "guide", "gumbel", "log_fp32", "philox", "sample"]

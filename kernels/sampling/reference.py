@@ -18,8 +18,8 @@ def guide(conditioned: Tensor, empty: Tensor, guidance: float) -> Tensor:
 def gumbel(count: int, seed: Tensor, position: Tensor, request: Tensor) -> Tensor:
     """Gumbel noise fp32 ``[B, count]`` for tokens 0 to count - 1.
 
-    seed, position, request int64 ``[B]``; a seed is taken as 64 unsigned bits. Four neighbouring tokens share one
-    Philox call: key = seed, counter = (position, request, token // 4, 0).
+    seed, position, request int64 ``[B]`` or ``[1]``; a seed is taken as 64 unsigned bits. Four neighbouring tokens share
+    one Philox call: key = seed, counter = (position, request, token // 4, 0).
     """
     blocks = torch.arange(-(-count // BLOCK), device=seed.device)
     key = seed[:, None] & MASK, seed[:, None] >> 32 & MASK
@@ -61,6 +61,17 @@ def sample(
     seed, position and request int64 ``[B]`` name the draw, which depends on nothing else. temperature 0 takes the
     arg-max; top_k 0 and top_p 1 keep all tokens. Raises ``ValueError`` for NaN and for a row that bans every token.
     """
+    noise = gumbel(logits.shape[1], seed, position, request) if temperature else None
+    return draw(logits, noise, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+def draw(
+    logits: Tensor, noise: Tensor | None, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """``sample`` with ``gumbel``'s ``noise [B, V]`` given, which is drawn faster for many positions at once.
+
+    noise may be None at temperature 0.
+    """
     logits = logits.float()
     best = logits.amax(1)
     if not torch.isfinite(best).all():
@@ -68,5 +79,5 @@ def sample(
     if temperature == 0:
         return logits.argmax(1)
     scaled = logits * torch.tensor(1.0 / temperature, dtype=torch.float32).item()
-    scores = scaled + gumbel(logits.shape[1], seed, position, request)
-    return scores.where(_keep(scaled, top_k, top_p), -torch.inf).argmax(1)
+    assert noise is not None, "sampling needs noise"
+    return (scaled + noise).where(_keep(scaled, top_k, top_p), -torch.inf).argmax(1)

@@ -161,6 +161,12 @@ def test_a_draw_does_not_depend_on_its_batch() -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
+def test_noise_of_several_positions_is_that_of_each() -> None:
+    seed, request = one(2**63 - 5, 3)
+    together = gumbel(1001, seed, torch.arange(7), request)
+    assert torch.equal(together, torch.cat([gumbel(1001, seed, *one(at), request) for at in range(7)]))
+
+
 def test_greedy_bans_and_bad_rows() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, -torch.inf]])
     seed = position = request = torch.tensor([0])

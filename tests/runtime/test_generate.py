@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from kinetok.errors import UserError
+from kinetok.kernels.sampling import sample
 from kinetok.model.checkpoint import load_released_decoder
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
-from kinetok.runtime import SamplingParams, generate_tokens
+from kinetok.runtime import SamplingParams, generate, generate_tokens
 from kinetok.runtime.generate import sample_tokens
 from kinetok.runtime.sampling import token_budget
 
@@ -73,6 +74,24 @@ def test_the_seed_and_the_request_name_the_draw(decoder) -> None:
 
     assert draw() == draw() and len(draw()) == 12
     assert draw() != draw(seed=1) and draw() != draw(request=1) and draw(seed=2**64 - 1) != draw(seed=2**63)
+
+
+@pytest.mark.parametrize("ahead", [1, 200, 1 << 16])
+def test_noise_drawn_ahead_gives_the_tokens_of_single_draws(decoder, monkeypatch, ahead: int) -> None:
+    monkeypatch.setattr(generate, "NOISE_AHEAD", ahead)  # of 61 classes: one, three and all positions at once
+    features = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
+    params = SamplingParams(seed=11, temperature=0.7, top_k=0, top_p=0.95, guidance=1.0)
+    expected: list[int] = []
+    with torch.inference_mode():
+        cache = decoder.new_cache(1, 30)
+        logits = decoder.prefill([features], cache)
+        for position in range(20):
+            logits[:, decoder.config.end_id] = -torch.inf
+            seed, at, request = (torch.tensor([value]) for value in (11, position, 6))
+            token = sample(logits, seed=seed, position=at, request=request, temperature=0.7, top_p=0.95)
+            expected.append(int(token))
+            logits = decoder.decode_step(token, cache)
+    assert sample_tokens(decoder, features, params, budget=(20, 20), request=6) == expected
 
 
 def test_guidance_runs_a_second_row(decoder) -> None:
