@@ -13,6 +13,18 @@ from kinetok.files import whole_file
 from kinetok.motion.motion import Motion
 
 FEATURES = 272
+DAMAGED = (
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    RuntimeError,  # zipfile's word for encryption and for compressions that it does not know
+    MemoryError,  # a header that asks for more than there is
+    tokenize.TokenError,  # numpy lets it out of a damaged header
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy raises for a file that is not what it seems."""
 
 
 def save_numpy(motion: Motion, path: str | Path) -> None:
@@ -47,17 +59,7 @@ def load_numpy(path: Path, data: bytes) -> Motion:
             }
     except UserError:
         raise
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        KeyError,
-        RuntimeError,  # zipfile's word for encryption and for compressions that it does not know
-        MemoryError,  # a header that asks for more than there is
-        tokenize.TokenError,  # numpy lets it out of a damaged header
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except DAMAGED as error:
         detail = " ".join(str(error).split())[:100]
         raise UserError(f"{path}: expected a numpy motion file, but it cannot be read ({detail})") from error
     absent = [name for name in ("rotations", "root", "offsets", "fps") if name not in fields]

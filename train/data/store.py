@@ -1,8 +1,8 @@
-"""The small motion-capture set in ``data/cmu``: clips on one skeleton as 272 features, each also mirrored."""
+"""A small captioned set (``data/cmu``, or an import): clips on one skeleton as 272 features, each also mirrored."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kinetok.errors import UserError
+from kinetok.model.text import check_prompt
 from kinetok.motion.features import from_motion
-from kinetok.motion.skeleton import CANONICAL_OFFSETS, JOINT_NAMES, LEFT_RIGHT
+from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.train.data.recordings import Recordings, between_t_poses, matrices, mirror_motion
 
-LEFT_KNEE, LEFT_ANKLE = JOINT_NAMES.index("left_knee"), JOINT_NAMES.index("left_ankle")
-ARMS = [JOINT_NAMES.index(f"{side}_{joint}") for side in ("left", "right") for joint in ("shoulder", "elbow")]
-T_POSE_ANGLE = 0.2  # radians; both upper and lower arms this close to the rest pose is a T-pose, not an action
-T_POSE_BLEND = 10  # frames in which a recording leaves its T-pose
 MIN_FRAMES = 30
+KINDS = ("whole", "window", "long")
+SPLITS = ("train", "val", "test")
+OPPOSITES = {
+    "left": "right",
+    "leftward": "rightward",
+    "leftwards": "rightwards",
+    "clockwise": "counterclockwise",
+    "counter-clockwise": "clockwise",
+    "counter clockwise": "clockwise",
+    "anticlockwise": "clockwise",
+    "anti-clockwise": "clockwise",
+    "anti clockwise": "clockwise",
+}
+OPPOSITES |= {other: word for word, other in OPPOSITES.items() if other not in OPPOSITES}
+SIDED = re.compile(rf"\b({'|'.join(sorted(OPPOSITES, key=len, reverse=True))})\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,74 +52,80 @@ class Clip:
 
 
 def mirror_words(caption: str) -> str:
-    """The caption of the mirrored motion: left and right exchanged."""
-    other = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
-    return re.sub(r"\b(left|right|Left|Right)\b", lambda match: other[match[0]], caption)
+    """The caption of the mirrored motion: left and right exchanged, and the two ways round."""
+
+    def other(match: re.Match[str]) -> str:
+        word = OPPOSITES[match[0].lower()]
+        return word.upper() if match[0].isupper() else word.capitalize() if match[0][0].isupper() else word
+
+    return SIDED.sub(other, caption)
 
 
-def mirror_motion(vectors: NDArray, root: NDArray) -> tuple[NDArray, NDArray]:
-    """Mirror rotation vectors ``[T, 22, 3]`` and the root ``[T, 3]`` in the plane x = 0."""
-    swapped = vectors.copy()
-    for left, right in LEFT_RIGHT:
-        swapped[:, left], swapped[:, right] = vectors[:, right], vectors[:, left]
-    return swapped * np.array([1, -1, -1]), root * np.array([-1, 1, 1])
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One line of a ``clips_*.jsonl``, checked: frames ``start`` to ``end`` of the recording ``trial``."""
 
+    id: str
+    trial: str
+    kind: str
+    split: str
+    start: int
+    end: int
+    captions: tuple[str, ...]
+    subject: str
+    label: str
+    heading_flips: int = 0
 
-def matrices(vectors: NDArray) -> NDArray[np.float64]:
-    """Rotation vectors ``[..., 3]`` in radians to matrices ``[..., 3, 3]``."""
-    vectors = vectors.astype(np.float64)
-    angle = np.linalg.norm(vectors, axis=-1)[..., None, None]
-    x, y, z = np.moveaxis(vectors / np.maximum(angle[..., 0], 1e-12), -1, 0)
-    zero = np.zeros_like(x)
-    cross = np.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).reshape(*x.shape, 3, 3)
-    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * (cross @ cross)
-
-
-def _trim_t_pose(vectors: NDArray) -> slice:
-    """The frames between a T-pose that opens a recording and one that closes it."""
-    posed = np.linalg.norm(vectors[:, ARMS], axis=-1).max(-1) < T_POSE_ANGLE
-    moving = np.flatnonzero(~posed)
-    if not len(moving):
-        return slice(0, 0)
-    first, last = int(moving[0]), int(moving[-1]) + 1
-    return slice(first + T_POSE_BLEND * (first > 0), last - T_POSE_BLEND * (last < len(vectors)))
-
-
-class _Recordings:
-    """Random access to the recordings of one ``motions_*.npz``."""
-
-    def __init__(self, path: Path) -> None:
+    @classmethod
+    def parse(cls, line: str) -> "Entry":
+        """A line of JSON. ``UserError`` saying which key is missing or wrong; keys beyond these are left alone."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {
-                    name: file[name] for name in ("trial", "start", "length", "skeleton", "rot", "trans", "offsets")
-                }
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: expected recordings in the form of data/cmu/README.md, but {error}") from error
-        self.rows: Mapping[str, int] = {str(name): row for row, name in enumerate(arrays["trial"])}
-        self.arrays = arrays
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"expected a JSON object, but {error}") from error
+        if not isinstance(value, dict):
+            raise UserError(f"expected a JSON object, got {type(value).__name__}")
+        absent = [name for name in cls.__slots__ if name not in value and name != "heading_flips"]
+        if absent:
+            raise UserError(f"missing: {', '.join(absent)}")
+        for name in ("id", "trial", "subject", "label"):
+            if not isinstance(value[name], str):
+                raise UserError(f"expected {name} to be text, got {_short(value[name])}")
+        for name, words in (("kind", KINDS), ("split", SPLITS)):
+            if value[name] not in words:
+                raise UserError(f"expected {name} to be one of {', '.join(words)}, got {_short(value[name])}")
+        for name in ("start", "end", "heading_flips"):
+            if type(value.get(name, 0)) is not int or value.get(name, 0) < 0:
+                raise UserError(f"expected {name} to be a count of frames, got {_short(value[name])}")
+        captions = value["captions"]
+        if not isinstance(captions, list) or not captions:
+            raise UserError(f"expected captions to be a list of sentences, got {_short(captions)}")
+        known = {name: value[name] for name in cls.__slots__ if name in value}
+        return cls(**{**known, "captions": tuple(map(check_prompt, captions))})
 
-    def read(self, trial: str, start: int, end: int) -> tuple[NDArray, NDArray]:
-        """Rotation vectors ``[T, 22, 3]`` and the root ``[T, 3]``, scaled to the canonical leg length."""
-        row = self.rows[trial]
-        first, count = int(self.arrays["start"][row]), int(self.arrays["length"][row])
-        rows = slice(first, first + count)
-        vectors = np.cumsum(self.arrays["rot"][rows], axis=0, dtype=np.int16) * (np.pi / 32767)
-        own, canonical = self.arrays["offsets"][self.arrays["skeleton"][row]], np.array(CANONICAL_OFFSETS)
-        leg = [np.linalg.norm(o[[LEFT_KNEE, LEFT_ANKLE]], axis=-1).sum() for o in (canonical, own)]
-        return vectors[start:end], self.arrays["trans"][rows][start:end] * (leg[0] / leg[1])
+
+def _short(value: Any) -> str:
+    return repr(value)[:60] if isinstance(value, str | int | float | None) else type(value).__name__
 
 
-def _entries(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _entries(folder: Path) -> Iterator[tuple[Path, int, Entry]]:
     lists = sorted(folder.glob("clips_*.jsonl"))
     if not lists:
-        raise UserError(f"{folder}: expected motion data (clips_*.jsonl with motions_*.npz beside), found none")
+        raise UserError(
+            f"{folder}: expected motion data (clips_*.jsonl with motions_*.npz beside), found none; a folder of motion "
+            "files and captions becomes such data with kinetok data import"
+        )
     for path in lists:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                yield path, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: expected a JSON object, but {error}") from error
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: expected a UTF-8 file of JSON lines, but {error}") from error
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield path, number, Entry.parse(line)
+                except UserError as error:
+                    raise UserError(f"{path}, line {number}: {error}") from error
 
 
 def read_clips(folder: str | Path, *, min_frames: int = MIN_FRAMES) -> list[Clip]:
@@ -115,37 +134,46 @@ def read_clips(folder: str | Path, *, min_frames: int = MIN_FRAMES) -> list[Clip
     Whole long recordings are left out, since their windows are there; opening and closing T-poses are cut off; what is
     then shorter than ``min_frames`` is left out. Raises ``UserError`` naming the file and what is wrong with it.
     """
-    folder = Path(folder)
-    recordings: dict[Path, _Recordings] = {}
+    recordings: dict[Path, Recordings] = {}
     clips, seen = [], set()
-    for path, entry in _entries(folder):
-        if entry["kind"] == "long":
-            continue
-        if entry["id"] in seen:
-            raise UserError(f"{path}: the clip id {entry['id']} occurs twice")
-        seen.add(entry["id"])
-        source = path.with_name(path.name.replace("clips_", "motions_")).with_suffix(".npz")
+    for path, number, entry in _entries(Path(folder)):
+        here = f"{path}, line {number}"
+        if entry.id in seen:
+            raise UserError(f"{here}: the clip id {entry.id!r} occurs twice")
+        seen.add(entry.id)
+        source = path.with_name(path.name.replace("clips_", "motions_", 1)).with_suffix(".npz")
         if source not in recordings:
-            recordings[source] = _Recordings(source)
-        vectors, root = recordings[source].read(entry["trial"], entry["start"], entry["end"])
-        keep = _trim_t_pose(vectors)
-        vectors, root = vectors[keep], root[keep]
-        if len(vectors) < min_frames:
+            recordings[source] = Recordings(source)
+        frames = recordings[source].frames(entry.trial)
+        if frames is None:
+            raise UserError(f"{here}: {source.name} has no trial {entry.trial!r}")
+        if not entry.start < entry.end <= frames:
+            got = f"start {entry.start} and end {entry.end}"
+            raise UserError(f"{here}: expected a stretch of the {frames} frames of {entry.trial!r}, got {got}")
+        if entry.kind == "long":
             continue
-        sides = [(vectors, root), mirror_motion(vectors, root)]
-        plain, mirrored = (
-            from_motion(matrices(v), r, np.array(CANONICAL_OFFSETS)).astype(np.float32) for v, r in sides
-        )
-        clips.append(
-            Clip(
-                id=entry["id"],
-                subject=entry["subject"],
-                label=entry["label"],
-                split=entry["split"],
-                captions=tuple(entry["captions"]),
-                heading_flips=entry.get("heading_flips", 0),
-                features=plain,
-                mirrored=mirrored,
-            )
-        )
+        recording = recordings[source].read(entry.trial, entry.start, entry.end)
+        keep = between_t_poses(recording.vectors)
+        vectors, root = (array[keep] for array in recording.on_canonical_skeleton())
+        if len(root) >= min_frames:
+            clips.append(_clip(entry, vectors, root))
+    if not clips:
+        raise UserError(f"{folder}: expected clips of at least {min_frames} frames, found none")
     return clips
+
+
+def _clip(entry: Entry, vectors: NDArray, root: NDArray) -> Clip:
+    plain, mirrored = (
+        from_motion(matrices(v), r, np.array(CANONICAL_OFFSETS)).astype(np.float32)
+        for v, r in ((vectors, root), mirror_motion(vectors, root))
+    )
+    return Clip(
+        id=entry.id,
+        subject=entry.subject,
+        label=entry.label,
+        split=entry.split,
+        captions=entry.captions,
+        heading_flips=entry.heading_flips,
+        features=plain,
+        mirrored=mirrored,
+    )
