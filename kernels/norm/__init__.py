@@ -1,5 +1,5 @@
 """Normalisation."""
 
-from kinetok.kernels.norm.reference import rms_norm
+from kinetok.kernels.norm.op import add_rms_norm, rms_norm
 
-__all__ = ["rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm"]
