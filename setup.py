@@ -18,6 +18,7 @@ TEXT = ["transformers>=5.17", "sentencepiece"]
 FILES = ["pybvh>=0.9,<0.10", "pygltflib>=1.16.5", "pillow>=11", "imageio-ffmpeg>=0.6"]
 VIEWER = ["viser>=1.1.1"]
 TRAIN = ["tensorboard>=2.18"]
+TRITON = ["triton>=3.6,<3.10; sys_platform == 'linux'"]
 ONNX = ["onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.30,<1.32"]
 DEV = [
     "hypothesis",
@@ -52,7 +53,7 @@ setup(
         "rich>=13,<15",
     ],
     extras_require={
-        "gpu": ["triton>=3.6,<3.10"],
+        "gpu": TRITON,
         "flash": ["flash-attn>=2.8"],
         "text": TEXT,
         "files": FILES,
@@ -61,7 +62,7 @@ setup(
         "onnx": ONNX,
         "tensorrt": ["tensorrt>=11"],
         "tensorrt-rtx": ["tensorrt-rtx-cu13>=1.7"],
-        "dev": [*TEXT, *FILES, *VIEWER, *TRAIN, *DEV],
+        "dev": [*TEXT, *FILES, *VIEWER, *TRAIN, *TRITON, *DEV],
     },
     entry_points={"console_scripts": ["kinetok=kinetok.cli:main"]},
 )
