@@ -21,7 +21,7 @@ from kinetok.kernels.kinematics import (
     rotation_about_y,
     sixd_from_matrix,
 )
-from kinetok.motion.skeleton import JOINTS, PARENTS
+from kinetok.motion.skeleton import JOINTS, LEFT_RIGHT, PARENTS
 
 FEATURES = 272
 ROOT_VELOCITY = slice(0, 2)
@@ -103,6 +103,32 @@ def from_motion(rotations: Array, root: Array, offsets: Array) -> Array:
             local.flatten(1),
             torch.cat((local.new_zeros(1, 3 * JOINTS), (local[1:] - local[:-1]).flatten(1))),
             sixd_from_matrix(unheaded).flatten(1),
+        ),
+        dim=1,
+    )
+
+
+@_same_kind
+def mirrored(x: Array) -> Array:
+    """The features ``[T, 272]`` of the motion mirrored left to right, for a skeleton that is its own mirror image."""
+    _expect("features", x, (None, FEATURES))
+    swapped = list(range(JOINTS))
+    for left, right in LEFT_RIGHT:
+        swapped[left], swapped[right] = right, left
+    x_axis = x.new_tensor([-1, 1, 1])
+    rows = x.new_tensor([1, -1, -1, -1, 1, 1])  # of a matrix between two mirrors, its first two rows
+
+    def points(channels: slice) -> Tensor:
+        return (x[:, channels].unflatten(1, (JOINTS, 3))[:, swapped] * x_axis).flatten(1)
+
+    rotations = x[:, ROTATIONS].unflatten(1, (JOINTS, 6))[:, swapped] * rows
+    return torch.cat(
+        (
+            x[:, ROOT_VELOCITY] * x_axis[[0, 2]],
+            x[:, HEADING_CHANGE] * rows,
+            points(POSITIONS),
+            points(VELOCITIES),
+            rotations.flatten(1),
         ),
         dim=1,
     )

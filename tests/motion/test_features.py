@@ -10,9 +10,10 @@ from kinetok.motion.features import (
     from_motion,
     joints_from_positions,
     joints_from_rotations,
+    mirrored,
     rotations_from_features,
 )
-from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.motion.skeleton import CANONICAL_OFFSETS, LEFT_RIGHT
 
 OFFSETS = np.array(CANONICAL_OFFSETS)
 CLIPS = ["case1_0", "case2_0", "case2_1", "synthetic_0", "synthetic_1"]
@@ -78,3 +79,16 @@ def test_numpy_in_numpy_out_torch_in_torch_out() -> None:
 def test_bad_features_are_refused(x: np.ndarray) -> None:
     with pytest.raises(UserError, match="expected"):
         joints_from_positions(x)
+
+
+def test_mirrored_features_are_those_of_the_mirrored_motion() -> None:
+    r, root = moving(7)
+    other = np.arange(22)
+    for left, right in LEFT_RIGHT:
+        other[[left, right]] = right, left
+    mirror = np.diag([-1.0, 1.0, 1.0])
+    x = from_motion(r, root, OFFSETS)
+    np.testing.assert_allclose(
+        mirrored(x), from_motion(mirror @ r[:, other] @ mirror, root @ mirror, OFFSETS), atol=1e-12
+    )
+    np.testing.assert_array_equal(mirrored(mirrored(x)), x)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kinetok.errors import UserError
 from kinetok.files import whole_file
 from kinetok.motion.io.npz import DAMAGED
-from kinetok.motion.skeleton import CANONICAL_OFFSETS, FPS, JOINT_NAMES, JOINTS, LEFT_RIGHT, PARENTS
+from kinetok.motion.skeleton import CANONICAL_OFFSETS, FPS, JOINT_NAMES, JOINTS, PARENTS
 
 UNIT = np.pi / 32767  # radians a step of the stored rotation vectors
 FAR = 1000.0  # metres from the origin that no recording reaches; beyond, the unit of length is wrong
@@ -50,14 +50,6 @@ class Recording:
         """Rotation vectors and the root path scaled to the canonical leg length."""
         leg = [np.linalg.norm(o[LEG], axis=-1).sum() for o in (np.array(CANONICAL_OFFSETS), self.offsets)]
         return self.vectors, self.root * (leg[0] / leg[1])
-
-
-def mirror_motion(vectors: NDArray, root: NDArray) -> tuple[NDArray, NDArray]:
-    """Mirror rotation vectors ``[T, 22, 3]`` and the root ``[T, 3]`` in the plane x = 0."""
-    swapped = vectors.copy()
-    for left, right in LEFT_RIGHT:
-        swapped[:, left], swapped[:, right] = vectors[:, right], vectors[:, left]
-    return swapped * np.array([1, -1, -1]), root * np.array([-1, 1, 1])
 
 
 def matrices(vectors: NDArray) -> NDArray[np.float64]:

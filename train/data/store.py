@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from kinetok.errors import UserError
 from kinetok.model.text import check_prompt
-from kinetok.motion.features import from_motion
+from kinetok.motion.features import from_motion, mirrored
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
-from kinetok.train.data.recordings import Recordings, between_t_poses, matrices, mirror_motion
+from kinetok.train.data.recordings import Recordings, between_t_poses, matrices
 
 MIN_FRAMES = 30
 KINDS = ("whole", "window", "long")
@@ -163,10 +163,7 @@ def read_clips(folder: str | Path, *, min_frames: int = MIN_FRAMES) -> list[Clip
 
 
 def _clip(entry: Entry, vectors: NDArray, root: NDArray) -> Clip:
-    plain, mirrored = (
-        from_motion(matrices(v), r, np.array(CANONICAL_OFFSETS)).astype(np.float32)
-        for v, r in ((vectors, root), mirror_motion(vectors, root))
-    )
+    features = from_motion(matrices(vectors), root, np.array(CANONICAL_OFFSETS))
     return Clip(
         id=entry.id,
         subject=entry.subject,
@@ -174,6 +171,6 @@ def _clip(entry: Entry, vectors: NDArray, root: NDArray) -> Clip:
         split=entry.split,
         captions=entry.captions,
         heading_flips=entry.heading_flips,
-        features=plain,
-        mirrored=mirrored,
+        features=features.astype(np.float32),
+        mirrored=mirrored(features).astype(np.float32),
     )
