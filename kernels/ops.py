@@ -3,20 +3,20 @@
 A family is a folder: ``reference.py`` (the definition in plain torch: CPU kernel, test oracle, export decomposition),
 ``triton.py`` (kernels, and a launcher with the op's name and arguments, whose outputs are new and contiguous) and ``op.py``::
 
-    @kernel_op                                   # kinetok::rms_norm; CUDA tensors go to rms_norm of the triton.py beside it
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    @kernel_op                                  # kinetok::rms_norm; CUDA tensors go to rms_norm of the triton.py beside it
+    def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return reference.rms_norm(x, weight, eps)
 
-    @rms_norm.register_fake                      # shapes and dtypes alone
+    @_rms_norm.register_fake                    # shapes and dtypes alone
     def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    rms_norm.register_autograd(_backward, setup_context=_save)     # _backward calls an op of its own, made the same way
+    _rms_norm.register_autograd(_backward, setup_context=_save)    # _backward calls an op of its own, made the same way
 
-The public function of the family checks its arguments (``UserError``) and picks the route::
+The public function checks its arguments (``UserError``) and picks the route::
 
-    def normalise(x, weight, eps=1e-5):
-        return (rms_norm if takes_op(x) else reference.rms_norm)(x, weight, eps)
+    def rms_norm(x, weight, eps=1e-5):
+        return (_rms_norm if takes_op(x) else reference.rms_norm)(x, weight, eps)
 
 An op's result must not be one of its inputs or a view of one (torch refuses it), so definitions that may return their
 input are cloned in the op. ``AOT`` of ``triton.py`` lists the production configurations (``kernels/aot.py``).
@@ -38,12 +38,14 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def kernel_op(definition: Callable[..., Any], *, mutates_args: tuple[str, ...] = ()) -> CustomOpDef:
-    """Register ``definition`` as ``kinetok::<its name>``; its signature must be annotated, as the schema is read from it.
+    """Register ``definition`` as ``kinetok::<its name less a leading underscore>``.
+
+    Its signature must be annotated, as the schema is read from it.
 
     The Triton launcher is imported at the first call with CUDA tensors, and runs on the device of the first of them.
     Raises ``UserError`` at that call where triton is not installed: the definition never takes its place in silence.
     """
-    name = definition.__name__
+    name = definition.__name__.removeprefix("_")
     module = definition.__module__.rpartition(".")[0] + ".triton"
     op = custom_op(f"kinetok::{name}", mutates_args=mutates_args)(definition)
 

@@ -48,7 +48,8 @@ class TokenizerConfig(_Config):
     """The motion tokenizer; the defaults are the released one (11.35 M parameters, 15 tokens a second).
 
     nb_code names the level set (``FSQ_LEVELS``); the real codebook size is ``codebook``.
-    patcher "none" leaves the wavelet stage out, "haar" and "rearrange" fold ``patch_size`` frames into channels.
+    patcher "none" leaves the wavelet stage out; the others fold ``patch_size`` frames into channels. db2, db3 and db4 wrap
+    around the ends of a clip and reach over the edges of a patch, so a causal network with them still looks ahead.
     """
 
     nb_code: int = 65536
@@ -61,7 +62,7 @@ class TokenizerConfig(_Config):
     activation: Literal["relu", "silu", "gelu"] = "relu"
     norm: Literal["LN", "GN", "BN", "none"] = "LN"
     kernel_size: int = 3
-    patcher: Literal["none", "haar", "rearrange"] = "haar"
+    patcher: Literal["none", "haar", "db2", "db3", "db4", "rearrange"] = "haar"
     patch_size: int = 1
     causal: bool = False
     input_dim: int = 272
@@ -74,7 +75,7 @@ class TokenizerConfig(_Config):
             ("down_t", tuple(range(7))),
             ("activation", ("relu", "silu", "gelu")),
             ("norm", ("LN", "GN", "BN", "none")),
-            ("patcher", ("none", "haar", "rearrange")),
+            ("patcher", ("none", "haar", "db2", "db3", "db4", "rearrange")),
             ("causal", (True, False)),
         ):
             if getattr(self, name) not in allowed:

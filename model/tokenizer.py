@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kinetok.errors import UserError
 from kinetok.kernels.fsq import fsq_dequantize, fsq_quantize
-from kinetok.kernels.wavelet import dwt, idwt
+from kinetok.kernels.wavelet import Mode, dwt, idwt
 from kinetok.model.config import TokenizerConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
@@ -190,13 +190,18 @@ class MotionTokenizer(nn.Module):
             if frames.shape[1] % p:
                 raise UserError(f"expected a multiple of {p} frames for the rearranging patcher, got {frames.shape[1]}")
             return frames.unflatten(1, (-1, p)).transpose(2, 3).flatten(2)  # channel = c * p + phase
-        return dwt(frames, self.wavelet_levels, channels_last=True)
+        if self.config.patcher == "none":
+            return frames
+        mode: Mode = "reflect" if self.config.patcher == "haar" else "periodic"
+        return dwt(frames, self.wavelet_levels, self.config.patcher, mode, channels_last=True)
 
     def unpatch(self, patches: Tensor) -> Tensor:
         """``[B, n, d * p]`` to frames ``[B, n * p, d]``."""
         if self.config.patcher == "rearrange":
             return patches.unflatten(2, (-1, self.config.patch_size)).transpose(2, 3).flatten(1, 2)
-        return idwt(patches, self.wavelet_levels, channels_last=True)
+        if self.config.patcher == "none":
+            return patches
+        return idwt(patches, self.wavelet_levels, self.config.patcher, channels_last=True)
 
     def latents(self, frames: Tensor) -> Tensor:
         """Normalised frames ``[B, T, 272]`` to latents ``[B, n, code_dim]`` before the projection."""

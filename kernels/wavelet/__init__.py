@@ -1,5 +1,5 @@
 """One-dimensional wavelet transforms."""
 
-from kinetok.kernels.wavelet.reference import dwt, idwt
+from kinetok.kernels.wavelet.op import Mode, Scale, Tree, Wavelet, dwt, idwt
 
-__all__ = ["dwt", "idwt"]
+__all__ = ["Mode", "Scale", "Tree", "Wavelet", "dwt", "idwt"]

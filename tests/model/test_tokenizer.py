@@ -14,7 +14,7 @@ def small(**changes) -> MotionTokenizer:
     return MotionTokenizer(TokenizerConfig(**values)).eval()
 
 
-@pytest.mark.parametrize("patcher", ["haar", "rearrange"])
+@pytest.mark.parametrize("patcher", ["haar", "db2", "db4", "rearrange"])
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 @pytest.mark.parametrize("down_t", [0, 1, 2])
 @pytest.mark.parametrize("causal", [False, True])
@@ -52,6 +52,16 @@ def test_a_causal_decoder_does_not_look_ahead() -> None:
     assert torch.equal(model.decode(tokens)[:, :before], model.decode(later)[:, :before])
 
 
+@pytest.mark.parametrize("patcher", ["none", "haar", "db2", "db3", "db4", "rearrange"])
+def test_patches_come_back_and_carry_gradients(patcher: str) -> None:
+    model = small(patcher=patcher, patch_size=1 if patcher == "none" else 2, down_t=0)
+    frames = torch.randn(2, 10, 12, requires_grad=True)
+    patches = model.patch(frames)
+    torch.testing.assert_close(model.unpatch(patches), frames, atol=1e-6, rtol=0)
+    model.frames(model.project_out(model.project_in(model.latents(frames)))).square().sum().backward()
+    assert frames.grad.abs().sum(dim=(0, 2)).min() > 0
+
+
 @pytest.mark.parametrize("nb_code", FSQ_LEVELS)
 def test_every_codebook(nb_code: int) -> None:
     model = small(nb_code=nb_code)
@@ -84,6 +94,7 @@ def test_bad_input(call, says: str) -> None:
         {"kernel_size": 2},
         {"stride_t": 3},
         {"patcher": "none", "patch_size": 2},
+        {"patcher": "db9"},
         {"norm": "XX"},
     ],
 )
