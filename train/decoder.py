@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from kinetok.model.decoder import MotionDecoder
 from kinetok.model.pretrained import BANK, save_pretrained
 from kinetok.model.text_minilm import MiniLM
 from kinetok.model.tokenizer import MotionTokenizer
-from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.motion.skeleton import CANONICAL_OFFSETS, FPS
+from kinetok.train.data.augment import heading, lengthen, liveliness, turn_caption
 from kinetok.train.data.store import Clip, mirror_words, read_clips
 from kinetok.train.loop import fit
 from kinetok.train.recipes import MINI_BANK, DecoderRecipe, decoder_recipe
@@ -28,6 +29,7 @@ SUBJECTS = ("a person", "someone", "a man", "a woman", "the person", "somebody")
 SUBJECT = re.compile(r"^(a|the) (person|man|woman|human|figure)\b|^(someone|somebody)\b", re.IGNORECASE)
 POOLED_SCALE = 10.0
 TEXT_ENCODER = {"type": "minilm", "name": MiniLM.name, "pooled_scale": POOLED_SCALE}
+STANDING = "idle"  # labels of clips in which nothing is livelier than the rest
 IGNORED = -100
 
 
@@ -56,6 +58,15 @@ def initialise(decoder: MotionDecoder) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Side:
+    """A tokenised clip: ``tokens`` int64 [n]; heading and running sum of liveliness at the first frame of each."""
+
+    tokens: Tensor
+    heading: np.ndarray
+    effort: np.ndarray
+
+
 class DecoderTask:
     """Crops of tokenised clips with their captions in, next-token cross-entropy out (section 3, training sequence)."""
 
@@ -71,24 +82,29 @@ class DecoderTask:
             raise UserError(
                 f"expected clips in the splits train and val, got {len(self.train)} and {len(self.held_out)}"
             )
-        self.tokens = {
-            (clip.id, mirror): self._tokens(tokenizer, clip.side(mirror), mean, std)
+        self.sides = {
+            (clip.id, mirror): [self._side(tokenizer, clip.side(mirror), mean, std)]
             for clip in clips
             for mirror in (False, True)
         }
-        captions = {caption for clip in clips for caption in clip.captions}
-        captions |= {mirror_words(caption) for caption in captions}
-        wanted = sorted({"", *captions, *(variant for caption in captions for variant in other_subjects(caption))})
-        self.text = dict(zip(wanted, MiniLM(pooled_scale=POOLED_SCALE).encode(wanted), strict=True))
+        for clip in self.train:
+            for mirror in (False, True):
+                longer = lengthen(clip.side(mirror), round(recipe.lengthened * FPS))
+                if longer is not None:
+                    self.sides[clip.id, mirror].append(self._side(tokenizer, longer, mean, std))
+        self.encoder = MiniLM(pooled_scale=POOLED_SCALE)
+        self.text: dict[str, Tensor] = {}
         self.weights = draw_weights(self.train, recipe.balance)
         self.module = MotionDecoder(recipe.model)
         initialise(self.module)
 
     @staticmethod
     @torch.no_grad()
-    def _tokens(tokenizer: MotionTokenizer, features: np.ndarray, mean: Tensor, std: Tensor) -> Tensor:
+    def _side(tokenizer: MotionTokenizer, features: np.ndarray, mean: Tensor, std: Tensor) -> _Side:
         normal = (torch.from_numpy(features).double() - mean) / std
-        return tokenizer.encode(normal.float()[None])[0].long()
+        tokens = tokenizer.encode(normal.float()[None])[0].long()
+        at = np.arange(len(tokens)) * tokenizer.config.frames_per_token
+        return _Side(tokens=tokens, heading=heading(features)[at], effort=np.cumsum(liveliness(features))[at])
 
     def _batch(self, items: Sequence[tuple[Tensor, Tensor, bool]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(features [L, D], tokens [m], ended) items to tokens, features, mask and targets of the training layout."""
@@ -111,17 +127,32 @@ class DecoderTask:
         recipe = self.recipe
         clip = self.train[rng.choice(len(self.train), p=self.weights)]
         mirror = bool(rng.integers(2))
-        motion = self.tokens[clip.id, mirror]
+        sides = self.sides[clip.id, mirror]
+        side = sides[rng.integers(len(sides))]
+        total = len(side.tokens)
+        count = int(
+            rng.integers(min(total, self._count(recipe.min_seconds)), min(total, self._count(recipe.max_seconds)) + 1)
+        )
+        starts = rng.integers(total - count + 1, size=1 if clip.label.startswith(STANDING) else recipe.crops)
+        start = int(max(starts, key=lambda at: side.effort[at + count - 1] - side.effort[at]))
+        end = start + count
         caption = clip.captions[rng.integers(len(clip.captions))]
-        variants = other_subjects(mirror_words(caption) if mirror else caption)
+        caption = mirror_words(caption) if mirror else caption
+        if rng.random() < recipe.turn_words:
+            caption = turn_caption(caption, side.heading[end - 1] - side.heading[start], rng) or caption
+        variants = other_subjects(caption)
         text = "" if rng.random() < recipe.empty else variants[rng.integers(len(variants))]
-        features = self.text[text]
+        features = self._text(text)
         features = features + recipe.text_noise * torch.randn_like(features)
-        least = min(len(motion), round(recipe.min_seconds * self.rate))
-        most = min(len(motion), round(recipe.max_seconds * self.rate))
-        count = int(rng.integers(least, most + 1))
-        start = int(rng.integers(len(motion) - count + 1))
-        return features, motion[start : start + count], start + count == len(motion)
+        return features, side.tokens[start:end], end == total
+
+    def _count(self, seconds: float) -> int:
+        return round(seconds * self.rate)
+
+    def _text(self, text: str) -> Tensor:
+        if text not in self.text:
+            self.text[text] = self.encoder.encode([text])[0]
+        return self.text[text]
 
     def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
         recipe = self.recipe
@@ -129,17 +160,18 @@ class DecoderTask:
         wrong = torch.rand(tokens.shape) < recipe.corrupt
         wrong &= tokens < recipe.model.codebook
         tokens = torch.where(wrong, torch.randint(recipe.model.codebook, tokens.shape), tokens)
-        logits = self.module(tokens, features, mask, dropout=recipe.dropout)
-        return {"loss": F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)}
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=recipe.bf16):
+            logits = self.module(tokens, features, mask, dropout=recipe.dropout)
+        return {"loss": F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)}
 
     @torch.no_grad()
     def validate(self, module: nn.Module) -> Mapping[str, float]:
         """The loss averaged over labels, since the held-out clips are mostly standing ones."""
         labels = Counter(clip.label for clip in self.held_out)
-        most = round(self.recipe.max_seconds * self.rate)
+        most = self._count(self.recipe.max_seconds)
         total = 0.0
         for clip in self.held_out:
-            item = self.text[clip.captions[0]], self.tokens[clip.id, False][:most], False
+            item = self._text(clip.captions[0]), self.sides[clip.id, False][0].tokens[:most], False
             tokens, features, mask, targets = self._batch([item])
             logits = module(tokens, features, mask)
             value = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
@@ -154,12 +186,15 @@ def train(
     tokenizer: str | Path = "runs/tokenizer/tokenizer.pt",
     out: str | Path = "runs/decoder",
     resume: bool = False,
+    seed: int | None = None,
 ) -> Path:
     """Train a decoder on a trained tokenizer's tokens; returns ``out/model``, a directory for ``kinetok.load``.
 
-    About 10 to 20 minutes for the mini recipe on two cores.
+    ``seed`` replaces the recipe's own.
     """
     chosen = decoder_recipe(recipe)
+    if seed is not None:
+        chosen = replace(chosen, loop=replace(chosen.loop, seed=seed))
     motion, mean, std = load_tokenizer(tokenizer)
     if motion.config.codebook != chosen.model.codebook:
         raise UserError(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,11 @@ from kinetok.files import whole_file
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
-    """Everything the loop needs to know; AdamW with a linear warm-up and a cosine to zero."""
+    """Everything the loop needs to know; AdamW with a linear warm-up and a cosine to zero.
+
+    keep: which averaged weights are the result, those of the lowest validation loss or the last ones (where the held-out
+    clips say too little to choose by).
+    """
 
     steps: int
     seed: int = 0
@@ -32,6 +36,7 @@ class LoopConfig:
     ema: float = 0.995
     validate_every: int = 250
     save_every: int = 250
+    keep: Literal["best", "last"] = "best"
 
 
 class Task(Protocol):
@@ -159,8 +164,8 @@ def fit(task: Task, config: LoopConfig, run: str | Path, *, resume: bool = False
                 figures = {name: float(value) for name, value in task.validate(average).items()}
                 log.write("validate", step, figures)
                 progress.console.print(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-                if figures["loss"] < lowest:
-                    lowest = figures["loss"]
+                if figures["loss"] < lowest or config.keep == "last":
+                    lowest = min(lowest, figures["loss"])
                     _save(best, {"model": average.state_dict(), "step": step, "figures": figures})
             if step % config.save_every == 0 or step == config.steps:
                 _save(

@@ -1,21 +1,48 @@
 """Reconstruction losses of the tokenizer."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
-from torch.nn.functional import smooth_l1_loss
+from torch.nn.functional import l1_loss, mse_loss, smooth_l1_loss
 
+from kinetok.errors import UserError
 from kinetok.kernels.kinematics import forward_kinematics, matrix_from_6d
 from kinetok.kernels.wavelet import dwt
 from kinetok.motion.features import HEADING_CHANGE, POSITIONS, ROOT_VELOCITY, ROTATIONS
 from kinetok.motion.quality import FOOT_JOINTS
 from kinetok.motion.skeleton import CANONICAL_OFFSETS, JOINTS, PARENTS
 
+ROOT = slice(ROOT_VELOCITY.start, HEADING_CHANGE.stop)
 FOOT_SCALE = 60.0  # a metre; a slide of 1.7 cm in a frame is where the loss turns from square to linear
+
+DISTANCES = {"l1": l1_loss, "l2": mse_loss, "l1_smooth": smooth_l1_loss}
+PARTS = {
+    "motion": lambda x: x,
+    "vel": lambda x: x[..., POSITIONS],  # called velocity in the reference, but channels 8:74 are positions
+    "acc": lambda x: x[..., POSITIONS].diff(dim=-2),
+    "acc_vel": lambda x: x[..., POSITIONS].diff(n=2, dim=-2),
+    "root": lambda x: x[..., ROOT],
+}
+Part = Literal["motion", "vel", "acc", "acc_vel", "root"]
+
+
+def reconstruction_loss(
+    pred: Tensor, target: Tensor, part: Part = "motion", distance: Literal["l1", "l2", "l1_smooth"] = "l1_smooth"
+) -> Tensor:
+    """Mean distance of one part of normalised frames ``[B, T, 272]``, under the reference's names (section 4).
+
+    motion: all channels; vel: the positions; acc, acc_vel: their first and second differences in time; root: channels
+    0:8. l1_smooth turns from square to linear at 1. Raises ``UserError`` for other names.
+    """
+    if part not in PARTS or distance not in DISTANCES:
+        raise UserError(f"expected part in {list(PARTS)} and distance in {list(DISTANCES)}, got {part!r}, {distance!r}")
+    return DISTANCES[distance](PARTS[part](pred), PARTS[part](target))
 
 
 def released_loss(pred: Tensor, target: Tensor) -> Tensor:
     """The loss of the released tokenizer on normalised frames ``[B, T, 272]`` (section 4): everything, positions again."""
-    return smooth_l1_loss(pred, target) + 0.5 * smooth_l1_loss(pred[..., POSITIONS], target[..., POSITIONS])
+    return reconstruction_loss(pred, target) + 0.5 * reconstruction_loss(pred, target, "vel")
 
 
 def world_steps(joints: Tensor, frames: Tensor) -> Tensor:
@@ -39,7 +66,6 @@ def mini_losses(pred: Tensor, target: Tensor, mean: Tensor, std: Tensor, *, band
     the floor, which are small differences between the path and the legs; without it feet slide. bands: weight of the error
     in the upper half of the frequencies (one Haar level), where motion has little energy.
     """
-    root = slice(ROOT_VELOCITY.start, HEADING_CHANGE.stop)
     path = (pred - target)[..., ROOT_VELOCITY].cumsum(1)
     offsets = pred.new_tensor(CANONICAL_OFFSETS)
     metric = pred * std + mean
@@ -51,7 +77,7 @@ def mini_losses(pred: Tensor, target: Tensor, mean: Tensor, std: Tensor, *, band
     feet = [world_steps(j[..., FOOT_JOINTS, :], x) for j, x in ((joints, metric), (_joints(real), real))]
     losses = {
         "released": released_loss(pred, target),
-        "root": 0.5 * smooth_l1_loss(pred[..., root], target[..., root])
+        "root": 0.5 * smooth_l1_loss(pred[..., ROOT], target[..., ROOT])
         + 0.02 * smooth_l1_loss(0.3 * path, torch.zeros_like(path)),
         "motion": 0.5 * smooth_l1_loss(8 * pred[..., POSITIONS].diff(dim=1), 8 * truth.diff(dim=1)),
         "body": 0.5 * smooth_l1_loss(built, truth) + 0.5 * smooth_l1_loss(8 * built.diff(dim=1), 8 * truth.diff(dim=1)),

@@ -6,6 +6,7 @@ from functools import partial
 
 from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig, TokenizerConfig
+from kinetok.model.evaluator import EvaluatorConfig
 from kinetok.train.loop import LoopConfig
 
 
@@ -35,7 +36,9 @@ class TokenizerRecipe:
 class DecoderRecipe:
     """``corrupt`` is the share of input tokens replaced at random, ``empty`` the share of captions left out.
 
-    ``text_noise`` is the deviation of the noise added to text features; crops are at least ``min_seconds`` long.
+    ``text_noise`` is the deviation of the noise added to text features; crops are at least ``min_seconds`` long, the
+    liveliest of ``crops`` drawn ones. ``turn_words`` is how often a caption names the crop's turn, where it has one. Clips
+    shorter than ``lengthened`` seconds are also used repeated to that length, where their ends meet (train/data/augment.py).
     """
 
     model: DecoderConfig
@@ -48,6 +51,29 @@ class DecoderRecipe:
     balance: float = -0.35
     min_seconds: float = 2.0
     max_seconds: float = 10.0
+    crops: int = 3
+    turn_words: float = 0.5
+    lengthened: float = 6.0
+    bf16: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluatorRecipe:
+    """Crops are of ``min_frames`` to ``max_frames``; ``held_out`` is the share of training recordings that judge.
+
+    ``temperature`` divides the cosines of the contrast; ``text_noise`` as in ``DecoderRecipe``.
+    """
+
+    model: EvaluatorConfig
+    loop: LoopConfig
+    batch: int = 48
+    min_frames: int = 60
+    max_frames: int = 300
+    temperature: float = 0.1
+    text_noise: float = 0.05
+    balance: float = -0.5
+    held_out: float = 0.1
+    bf16: bool = True
 
 
 def mini_tokenizer() -> TokenizerRecipe:
@@ -90,6 +116,14 @@ def mini_decoder() -> DecoderRecipe:
     )
 
 
+def mini_evaluator() -> EvaluatorRecipe:
+    """0.9 M parameters on MiniLM token states."""
+    return EvaluatorRecipe(
+        model=EvaluatorConfig(latent_dim=128, num_layers=3, num_heads=4, ff_size=256, text_dim=384),
+        loop=LoopConfig(steps=800, lr=7e-4, weight_decay=0.05, ema=0.98, validate_every=50, save_every=50),
+    )
+
+
 # What the shipped model can be asked without a text encoder.
 MINI_BANK = (
     "a person walks forward",
@@ -124,6 +158,7 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRecipe]] = {
     **{f"ablation-{variant}": partial(ablation_tokenizer, variant) for variant in ABLATION},
 }
 DECODER_RECIPES: dict[str, Callable[[], DecoderRecipe]] = {"mini": mini_decoder}
+EVALUATOR_RECIPES: dict[str, Callable[[], EvaluatorRecipe]] = {"mini": mini_evaluator}
 
 
 def _named(kind: str, table: dict, name: str):  # type: ignore[no-untyped-def]
@@ -138,3 +173,7 @@ def tokenizer_recipe(name: str) -> TokenizerRecipe:
 
 def decoder_recipe(name: str) -> DecoderRecipe:
     return _named("decoder", DECODER_RECIPES, name)
+
+
+def evaluator_recipe(name: str) -> EvaluatorRecipe:
+    return _named("evaluator", EVALUATOR_RECIPES, name)

@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     train.command(epilog=example("kinetok train decoder --recipe mini --tokenizer runs/tokenizer/tokenizer.pt"))(
         decoder
     )
+    train.command(epilog=example("kinetok train evaluator --recipe mini"))(evaluator)
     app.add_typer(train, name="train", epilog=example("kinetok train tokenizer --recipe mini"))
 
 
@@ -50,10 +51,25 @@ def decoder(
     tokenizer: Annotated[Path, typer.Option(help="The trained tokenizer.")] = Path("runs/tokenizer/tokenizer.pt"),
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/decoder"),
     resume: Annotated[bool, RESUME] = False,
+    seed: Annotated[int | None, SEED] = None,
     threads: Annotated[int | None, THREADS] = None,
 ) -> None:
     """Train a decoder; its folder then holds model/, which --model of generate takes."""
     from kinetok.train.decoder import train
 
     _threads(threads)
-    print("wrote", train(recipe=recipe, data=data, tokenizer=tokenizer, out=out, resume=resume))
+    print("wrote", train(recipe=recipe, data=data, tokenizer=tokenizer, out=out, resume=resume, seed=seed))
+
+
+def evaluator(
+    recipe: Annotated[str, typer.Option(help="The recipe's name.")] = "mini",
+    data: Annotated[Path, DATA] = Path("data/cmu"),
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/evaluator"),
+    resume: Annotated[bool, RESUME] = False,
+    threads: Annotated[int | None, THREADS] = None,
+) -> None:
+    """Train an evaluator, which measures how well motions fit their captions (kinetok evaluate)."""
+    from kinetok.train.evaluator import train
+
+    _threads(threads)
+    print("wrote", train(recipe=recipe, data=data, out=out, resume=resume))
