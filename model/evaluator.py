@@ -150,7 +150,9 @@ class DistilBertStates:
             self.tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
         except (OSError, ValueError) as error:
             detail = " ".join(str(error).split())[:200]
-            raise UserError(f"{tokenizer}: expected a folder with DistilBERT's tokenizer files, but {detail}") from error
+            raise UserError(
+                f"{tokenizer}: expected a folder with DistilBERT's tokenizer files, but {detail}"
+            ) from error
         self.model = model
 
     @torch.no_grad()
