@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kinetok.errors import UserError
@@ -13,7 +14,9 @@ from kinetok.model.bank import PromptBank
 from kinetok.model.config import DecoderConfig
 from kinetok.model.pretrained import BANK, ModelBundle, load_pretrained, read_text_encoder, save_pretrained
 from kinetok.model.text_minilm import MAX_FEATURES
-from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.motion.features import POSITIONS
+from kinetok.motion.quality import mpjpe
+from kinetok.motion.skeleton import CANONICAL_OFFSETS, JOINTS
 from kinetok.train.data.store import Clip, read_clips
 from kinetok.train.decoder import TEXT_ENCODER, DecoderTask
 from kinetok.train.loop import LoopConfig, fit
@@ -27,12 +30,16 @@ BANKED = 200  # captions that go into the prompt bank, about 8 kB each
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FineTuned:
-    """The model directory, and the validation loss of the first model and of the one that was kept, made at ``step``."""
+    """The model directory, and the validation loss of the first model and of the one that was kept, made at ``step``.
+
+    ``mpjpe_mm`` is how far the tokenizer, which stays as it is, puts joints from where the clips have them.
+    """
 
     model: Path
     before: float
     after: float
     step: int
+    mpjpe_mm: float
 
 
 def finetuning_recipe(model: DecoderConfig, tokens_per_second: float, held_out: int) -> DecoderRecipe:
@@ -100,7 +107,11 @@ def finetune(
     state = torch.load(fit(task, loop, out, resume=resume, identity=identity), weights_only=True)
     task.module.load_state_dict(state["model"])
     result = FineTuned(
-        model=Path(out) / "model", before=before, after=float(state["figures"]["loss"]), step=int(state["step"])
+        model=Path(out) / "model",
+        before=before,
+        after=float(state["figures"]["loss"]),
+        step=int(state["step"]),
+        mpjpe_mm=_mpjpe_mm(task, clips, bundle),
     )
     _bank(task, clips, bundle).save(Path(out) / BANK)
     provenance: dict[str, Any] = {
@@ -111,6 +122,7 @@ def finetune(
         "step": result.step,
         "validation_loss_before": result.before,
         "validation_loss": result.after,
+        "tokenizer_mpjpe_mm": result.mpjpe_mm,
     }
     save_pretrained(
         result.model,
@@ -144,6 +156,16 @@ def hold_out(clips: Sequence[Clip]) -> list[Clip]:
     for row in rows[-max(1, round(VALIDATION * len(rows))) :]:
         usable[row] = replace(usable[row], split="val")
     return usable
+
+
+@torch.no_grad()
+def _mpjpe_mm(task: DecoderTask, clips: Sequence[Clip], bundle: ModelBundle) -> float:
+    errors = []
+    for clip in clips:
+        frames = bundle.tokenizer.decode(task.sides[clip.id, False][0].tokens[None])[0].double().numpy()
+        decoded = (frames * bundle.std + bundle.mean)[: len(clip.features), POSITIONS]
+        errors.append(mpjpe(*(x.reshape(-1, JOINTS, 3) for x in (decoded, clip.features[: len(decoded), POSITIONS]))))
+    return 1e3 * float(np.mean(errors))
 
 
 def _digest(bundle: ModelBundle) -> float:

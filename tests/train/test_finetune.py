@@ -14,12 +14,12 @@ from kinetok.errors import UserError
 from kinetok.model.bank import PromptBank
 from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.model.decoder import MotionDecoder
-from kinetok.model.pretrained import load_pretrained, save_pretrained
+from kinetok.model.pretrained import ModelBundle, load_pretrained, save_pretrained
 from kinetok.model.text_minilm import PACKAGE
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
 from kinetok.train.data.recordings import Recording, write_recordings
-from kinetok.train.data.store import Clip, Entry
+from kinetok.train.data.store import Clip, Entry, read_clips
 from kinetok.train.decoder import TEXT_ENCODER
 from kinetok.train.finetune import finetune, finetuning_recipe, hold_out
 
@@ -90,11 +90,21 @@ def model(make: Callable[..., Path]) -> Path:
     return make()
 
 
+def distance(bundle: ModelBundle, clip: Clip) -> float:
+    """Mean joint error of a clip sent through the tokenizer, relative to the pelvis, metres."""
+    x = torch.from_numpy((clip.features - bundle.mean) / bundle.std).float()
+    with torch.no_grad():
+        y = bundle.tokenizer.decode(bundle.tokenizer.encode(x[None]))[0].double().numpy() * bundle.std + bundle.mean
+    gap = (y - clip.features)[:, 8:74].reshape(-1, 22, 3)
+    return float(np.linalg.norm(gap - gap[:, :1], axis=-1).mean())
+
+
 def test_it_learns_and_keeps_the_rest(model: Path, data: Path, tmp_path: Path) -> None:
     tuned = finetune(init=model, data=data, out=tmp_path / "run", steps=60)
     # The held-out clip moves as a training clip does and is called the same, so its loss falls.
     assert tuned.step == 60 and tuned.after < 0.9 * tuned.before
     old, new = load_pretrained(model), load_pretrained(tuned.model)
+    assert tuned.mpjpe_mm == pytest.approx(1e3 * np.mean([distance(new, clip) for clip in read_clips(data)]), rel=1e-6)
     for name, value in old.tokenizer.state_dict().items():
         assert torch.equal(value, new.tokenizer.state_dict()[name])
     np.testing.assert_array_equal(old.mean, new.mean)

@@ -89,8 +89,9 @@ def decoder(
     print(
         f"wrote {tuned.model}  (validation loss {tuned.before:.3f} before, {tuned.after:.3f} after {tuned.step} steps)"
     )
+    print(f"the tokenizer, which stays as it is, reproduces these clips within {tuned.mpjpe_mm:.0f} mm a joint")
     if tuned.after >= tuned.before:
-        print("the validation loss did not fall: on clips it has not trained on, this model is no better than before")
+        print("the validation loss did not fall: what it learned does not carry over to the clips held out")
 
 
 def evaluator(
