@@ -1,0 +1,160 @@
+"""Weights in tiles that a program reads in one piece, as floats, 8 or 4 bits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kinetok.errors import UserError
+
+ROWS = 64  # of a tile: the fewest that a Hopper matrix instruction (wgmma) takes
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+GROUPS = {"int8": (0, 64, 128), "int4": (64, 128)}
+PROGRAMS = 256  # about two on each multiprocessor of the largest GPUs
+LEAST_TILES = 4  # along K for one program: fewer do not fill its pipeline
+BATCH = 256  # rows of one launch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedWeight:
+    """A weight ``[rows, columns]`` as tiles of 64 rows that lie in memory one after the other.
+
+    data ``[row tiles, column tiles, 64, width]`` holds ``width`` numbers (int4: pairs, as unsigned bytes) of each row;
+    rows and columns are padded with zeros to whole tiles, rows to a multiple of 128. int4 keeps q + 8, the first half of
+    a tile's columns in the low nibbles. scale is fp32 ``[padded rows]``, or bf16 ``[row tiles, groups, 64]`` where ``group``
+    columns share one. paired: gate and up rows alternate. counters are zero between products: the programs that share a
+    tile's sum count themselves there, so two streams must not multiply by one packed weight at the same time.
+    """
+
+    kind: str
+    group: int
+    rows: int
+    columns: int
+    paired: bool
+    data: Tensor
+    scale: Tensor | None
+    counters: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads: padding included, counters not."""
+        return self.data.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+
+    def to(self, device: torch.device) -> "PackedWeight":
+        return PackedWeight(
+            kind=self.kind,
+            group=self.group,
+            rows=self.rows,
+            columns=self.columns,
+            paired=self.paired,
+            data=self.data.to(device),
+            scale=self.scale.to(device) if self.scale is not None else None,
+            counters=self.counters.to(device),
+        )
+
+
+def tile_columns(kind: str, group: int) -> int:
+    """Columns of a tile: 16-byte loads, and whole groups (two of them for int4, one a nibble)."""
+    if kind == "int4":
+        return 2 * group
+    return group or (64 if kind == "fp32" else 128)
+
+
+def split_k(rows: int, columns: int, kind: str, group: int = 0) -> int:
+    """Into how many parts a product's sums along K are cut.
+
+    Chosen by the weight's shape and kind alone, never by the batch, so a row's bits do not depend on the other rows.
+    """
+    row_tiles, column_tiles = 2 * -(-rows // (2 * ROWS)), -(-columns // tile_columns(kind, group))
+    split = 1
+    while row_tiles * split < PROGRAMS and column_tiles // (2 * split) >= LEAST_TILES:
+        split *= 2
+    return split
+
+
+def pack(
+    weight: Tensor, kind: str, *, group: int = 0, norm_scale: Tensor | None = None, paired: bool = False
+) -> PackedWeight:
+    """Pack ``weight [N, K]`` for ``linear``.
+
+    kind: "fp32", "fp16" or "bf16" (rounded to nearest), "int8" (a scale a row, or per ``group`` of 64 or 128 columns),
+    "int4" (groups of 64 or 128), "fp8" (e4m3, a scale a row). Quantised symmetrically: scale = largest magnitude / 127,
+    7 or 448, round to nearest even. norm_scale ``[K]``, the learned scale of the RMSNorm before the product, is
+    multiplied in before rounding. paired takes the first half of the rows as gates, the second as ups. Raises
+    ``UserError`` for other kinds, groups and shapes, and for weights that are not finite.
+    """
+    if kind not in FLOATS and kind not in LARGEST:
+        raise UserError(f"kind: expected one of {[*FLOATS, *LARGEST]}, got {kind!r}")
+    if group not in GROUPS.get(kind, (0,)):
+        raise UserError(f"group: expected one of {GROUPS.get(kind, (0,))} for {kind}, got {group}")
+    if weight.ndim != 2 or not weight.numel() or (paired and len(weight) % 2):
+        raise UserError(f"expected a weight [{'even ' if paired else ''}N, K], got {list(weight.shape)}")
+    rows, columns = weight.shape
+    wide = weight.detach().float()
+    if norm_scale is not None:
+        if norm_scale.shape != (columns,):
+            raise UserError(f"expected norm_scale [{columns}], got {list(norm_scale.shape)}")
+        wide = wide * norm_scale.detach().float()
+    if not wide.isfinite().all():
+        raise UserError("expected finite weights, got NaN or infinity")
+    if paired:
+        wide = wide.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+    width = tile_columns(kind, group)
+    wide = torch.nn.functional.pad(wide, (0, -columns % width, 0, -rows % (2 * ROWS)))
+    scale = None
+    if kind in FLOATS:
+        numbers = wide.to(FLOATS[kind])
+    else:
+        numbers, scale = _quantise(wide, kind, group)
+    tiles = numbers.unflatten(1, (-1, width)).unflatten(0, (-1, ROWS)).transpose(1, 2)
+    if kind == "int4":
+        low, high = (tiles + 8).to(torch.uint8).chunk(2, dim=-1)
+        tiles = low | high << 4
+    if scale is not None:
+        scale = scale.unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous() if group else scale[:, 0].contiguous()
+    return PackedWeight(
+        kind=kind,
+        group=group,
+        rows=rows,
+        columns=columns,
+        paired=paired,
+        data=tiles.contiguous(),
+        scale=scale,
+        counters=torch.zeros(len(tiles) * -(-BATCH // ROWS), dtype=torch.int32, device=weight.device),
+    )
+
+
+def _quantise(wide: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
+    """Numbers ``[N, K]`` (fp8 as its bytes) and scales ``[N, groups]`` of fp32 weights."""
+    groups = wide.unflatten(1, (-1, group or wide.shape[1]))
+    scale = groups.abs().amax(2) / LARGEST[kind]
+    if group:
+        scale = scale.bfloat16()
+    scale = torch.where(scale == 0, 1.0, scale)
+    ratio = (groups / scale.float()[..., None]).clamp(-LARGEST[kind], LARGEST[kind]).flatten(1)
+    if kind == "fp8":
+        return ratio.to(torch.float8_e4m3fn).view(torch.uint8), scale
+    return ratio.round().to(torch.int8), scale
+
+
+def unpack(packed: PackedWeight) -> Tensor:
+    """The weight that ``packed`` stands for: fp32 ``[N, K]``, ``norm_scale`` multiplied in, in the order it was given."""
+    weight = dequantise(packed.data, packed.scale, packed.kind, packed.group)[: packed.rows, : packed.columns]
+    return weight.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1) if packed.paired else weight
+
+
+def dequantise(data: Tensor, scale: Tensor | None, kind: str, group: int) -> Tensor:
+    """fp32 ``[padded rows, padded columns]`` of ``PackedWeight.data`` and ``scale``, paired rows left as they lie."""
+    if kind == "int4":
+        numbers = torch.cat((data & 15, data >> 4), dim=-1).float() - 8
+    elif kind == "fp8":
+        numbers = data.view(torch.float8_e4m3fn).float()
+    else:
+        numbers = data.float()
+    weight = numbers.transpose(1, 2).flatten(2).flatten(0, 1)
+    if scale is None:
+        return weight
+    if not group:
+        return weight * scale[:, None]
+    return (weight.unflatten(1, (-1, group)) * scale.float().transpose(1, 2).flatten(0, 1)[..., None]).flatten(1)

@@ -1,0 +1,325 @@
+"""Skinny products in Triton: weights stream through once, in tiles of 64 rows; the batch is the narrow side.
+
+The weight is the left operand, so every batch runs the same matrix instructions and sums along K in the same order: tile
+after tile, then the parts of a split K in their order. Nothing is added by floating-point atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kinetok.kernels.aot import AotCase
+from kinetok.kernels.linear.packing import BATCH, ROWS, split_k, tile_columns
+
+
+@triton.jit
+def _halve(x):
+    """Sum neighbours of the last axis: a reduction whose order is written down, not left to the layout."""
+    left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return left + right
+
+
+@triton.jit
+def _sum_columns(x):
+    """Row sums of ``x [B, 64 or 128]`` as a fixed tree."""
+    if x.shape[1] == 128:
+        x = _halve(x)
+    x = _halve(_halve(_halve(_halve(_halve(_halve(x))))))
+    return tl.reshape(x, (x.shape[0],))
+
+
+@triton.jit
+def _number(raw, dtype: tl.constexpr, KIND: tl.constexpr):
+    """Stored numbers in ``dtype``, without their scale; exact. fp8 as 2^-8 of its value: its bits in fp16's places."""
+    if KIND == "fp8":  # by hand, as Ampere lacks the conversion
+        bits = raw.to(tl.int16)
+        raw = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        return raw.to(tl.float32).to(dtype)
+    return raw.to(dtype)
+
+
+@triton.jit
+def product(
+    x_ptr,
+    data_ptr,
+    scale_ptr,
+    partial_ptr,
+    counter_ptr,
+    batch,
+    x_stride,
+    COLUMNS: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BATCH_TILE: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Unscaled sums ``[64, BATCH_TILE]`` of a row tile, sums of squares ``[BATCH_TILE]`` of x, and whether they are whole.
+
+    Grid (batch tiles, SPLIT, row tiles). With a split K only the program that comes last has whole sums.
+    """
+    ROWS: tl.constexpr = 64
+    TILES: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
+    SHARE: tl.constexpr = (TILES + SPLIT - 1) // SPLIT
+    STORED: tl.constexpr = WIDTH // 2 if KIND == "int4" else WIDTH
+    part, tile = tl.program_id(1), tl.program_id(2)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    row, at = tl.arange(0, ROWS), tl.arange(0, STORED)
+    b = tl.program_id(0) * BATCH_TILE + tl.arange(0, BATCH_TILE)
+    data = data_ptr + tile.to(tl.int64) * (TILES * ROWS * STORED) + (row[:, None] * STORED + at[None, :])
+    x_row = x_ptr + b[:, None].to(tl.int64) * x_stride
+    total = tl.zeros([ROWS, BATCH_TILE], tl.float32)
+    squares = tl.zeros([BATCH_TILE, STORED], tl.float32)
+    for step in tl.range(part * SHARE, tl.minimum(part * SHARE + SHARE, TILES), num_stages=STAGES):
+        raw = tl.load(data + step * (ROWS * STORED), eviction_policy="evict_first")
+        k = step * WIDTH + at
+        x = tl.load(x_row + k[None, :], mask=(b[:, None] < batch) & (k[None, :] < COLUMNS), other=0.0)
+        if NORMALISE:
+            squares += x.to(tl.float32) * x.to(tl.float32)
+        if KIND == "int4":
+            k += STORED
+            high = tl.load(x_row + k[None, :], mask=(b[:, None] < batch) & (k[None, :] < COLUMNS), other=0.0)
+            if NORMALISE:
+                squares += high.to(tl.float32) * high.to(tl.float32)
+            scale = scale_ptr + (tile * (2 * TILES) + 2 * step) * ROWS + row
+            low_sum = tl.dot(((raw & 15).to(tl.int8) - 8).to(dtype), tl.trans(x))
+            total += low_sum * tl.load(scale).to(tl.float32)[:, None]
+            high_sum = tl.dot(((raw >> 4).to(tl.int8) - 8).to(dtype), tl.trans(high))
+            total += high_sum * tl.load(scale + ROWS).to(tl.float32)[:, None]
+        elif GROUP:
+            scale = tl.load(scale_ptr + (tile * TILES + step) * ROWS + row).to(tl.float32)
+            total += tl.dot(_number(raw, dtype, KIND), tl.trans(x), input_precision="ieee") * scale[:, None]
+        else:
+            total = tl.dot(_number(raw, dtype, KIND), tl.trans(x), total, input_precision="ieee")
+    square = _sum_columns(squares)
+    whole = True
+    if SPLIT > 1:
+        place = tile * tl.num_programs(0) + tl.program_id(0)
+        SIZE: tl.constexpr = (ROWS + 1) * BATCH_TILE
+        column = tl.arange(0, BATCH_TILE)
+        here = partial_ptr + place.to(tl.int64) * (SPLIT * SIZE)
+        entry = row[:, None] * BATCH_TILE + column[None, :]
+        tl.store(here + part * SIZE + entry, total)
+        tl.store(here + part * SIZE + ROWS * BATCH_TILE + column, square)
+        tl.debug_barrier()  # all of the program's stores come before its thread 0 counts it
+        whole = tl.atomic_add(counter_ptr + place, 1, sem="acq_rel") == SPLIT - 1
+        if whole:
+            total = tl.zeros([ROWS, BATCH_TILE], tl.float32)
+            square = tl.zeros([BATCH_TILE], tl.float32)
+            for other in range(SPLIT):
+                total += tl.load(here + other * SIZE + entry, cache_modifier=".cg")
+                square += tl.load(here + other * SIZE + ROWS * BATCH_TILE + column, cache_modifier=".cg")
+            tl.store(counter_ptr + place, 0)
+    return total, square, whole
+
+
+@triton.jit
+def scaled(
+    total,
+    square,
+    scale_ptr,
+    eps,
+    COLUMNS: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    NORMALISE: tl.constexpr,
+):
+    """The whole sums of ``product`` times the rows' scales and the factors of RMSNorm."""
+    if (KIND == "int8" or KIND == "fp8") and not GROUP:
+        scale = tl.load(scale_ptr + tl.program_id(2) * 64 + tl.arange(0, 64))
+        if KIND == "fp8":
+            scale *= 256.0
+        total *= scale[:, None]
+    if NORMALISE:
+        total *= tl.rsqrt(square / COLUMNS + eps)[None, :]
+    return total
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,
+    data_ptr,
+    scale_ptr,
+    residual_ptr,
+    y_ptr,
+    partial_ptr,
+    counter_ptr,
+    batch,
+    x_stride,
+    residual_stride,
+    eps,
+    OUTPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BATCH_TILE: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    total, square, whole = product(
+        x_ptr,
+        data_ptr,
+        scale_ptr,
+        partial_ptr,
+        counter_ptr,
+        batch,
+        x_stride,
+        COLUMNS,
+        KIND,
+        GROUP,
+        WIDTH,
+        SPLIT,
+        BATCH_TILE,
+        NORMALISE,
+        STAGES,
+    )
+    if whole:
+        y = scaled(total, square, scale_ptr, eps, COLUMNS, KIND, GROUP, NORMALISE)
+        if SWIGLU:
+            gate, up = tl.split(tl.permute(tl.reshape(y, (32, 2, BATCH_TILE)), (0, 2, 1)))
+            y = gate / (1.0 + tl.exp(-gate)) * up
+        n = tl.program_id(2) * y.shape[0] + tl.arange(0, y.shape[0])
+        b = tl.program_id(0) * BATCH_TILE + tl.arange(0, BATCH_TILE)
+        inside = (n[:, None] < OUTPUTS) & (b[None, :] < batch)
+        if HAS_RESIDUAL:
+            add = tl.load(residual_ptr + b[None, :].to(tl.int64) * residual_stride + n[:, None], mask=inside, other=0.0)
+            y += add.to(tl.float32)
+        at = b[None, :].to(tl.int64) * OUTPUTS + n[:, None]
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def batch_tile(batch: int) -> int:
+    return 16 if batch <= 16 else 32 if batch <= 32 else 64
+
+
+def stages(tile: int) -> int:
+    """Tiles in flight: what fits in 99 KB of shared memory with a 16-bit weight."""
+    return 3 if tile == 64 else 4
+
+
+def adjacent(rows: Tensor) -> Tensor:
+    """``rows [B, K]`` with adjacent numbers."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def workspace(x: Tensor, split: int, row_tiles: int, tile: int) -> Tensor:
+    """Partial sums of a split K; no memory where there is none."""
+    batch_tiles = triton.cdiv(min(len(x), BATCH), tile)
+    size = row_tiles * batch_tiles * split * (ROWS + 1) * tile if split > 1 else 0
+    return torch.empty(size, device=x.device, dtype=torch.float32)
+
+
+def packed_linear(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor | None,
+    counters: Tensor,
+    kind: str,
+    group: int,
+    rows: int,
+    eps: float | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    wide: bool,
+) -> Tensor:
+    outputs = rows // 2 if swiglu else rows
+    y = torch.empty((len(x), outputs), device=x.device, dtype=torch.float32 if wide else x.dtype)
+    x = adjacent(x)
+    added = x if residual is None else adjacent(residual)
+    split, tile = split_k(rows, x.shape[1], kind, group), batch_tile(len(x))
+    partial = workspace(x, split, len(data), tile)
+    for first in range(0, len(x), BATCH):
+        some = x[first : first + BATCH]
+        linear_kernel[(triton.cdiv(len(some), tile), split, len(data))](
+            some,
+            data,
+            data if scale is None else scale,
+            added[first : first + BATCH],
+            y[first : first + BATCH],
+            partial,
+            counters,
+            len(some),
+            x.stride(0),
+            added.stride(0),
+            0.0 if eps is None else eps,
+            OUTPUTS=outputs,
+            COLUMNS=x.shape[1],
+            KIND=kind,
+            GROUP=group,
+            WIDTH=tile_columns(kind, group),
+            SPLIT=split,
+            BATCH_TILE=tile,
+            NORMALISE=eps is not None,
+            SWIGLU=swiglu,
+            HAS_RESIDUAL=residual is not None,
+            STAGES=stages(tile),
+            num_warps=4,
+        )
+    return y
+
+
+TRITON_TYPE = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*i8", "int4": "*u8", "fp8": "*u8"}
+
+
+def _case(model: str, layer: str, outputs: int, columns: int, kind: str, group: int = 0, tile: int = 16) -> AotCase:
+    swiglu = layer == "gate_up"
+    rows = 2 * outputs if swiglu else outputs
+    split = split_k(rows, columns, kind, group)
+    activation = TRITON_TYPE.get(kind if kind in ("fp32", "fp16") else "bf16")
+    pointers = {
+        "x_ptr": activation,
+        "data_ptr": TRITON_TYPE[kind],
+        "scale_ptr": "*bf16" if group else "*fp32",
+        "residual_ptr": activation,
+        "y_ptr": activation,
+        "partial_ptr": "*fp32",
+        "counter_ptr": "*i32",
+    }
+    return AotCase(
+        name=f"linear_{model}_{layer}_{kind}{f'_g{group}' if group else ''}_b{tile}",
+        kernel=linear_kernel,
+        signature={**pointers, **dict.fromkeys(("batch", "x_stride", "residual_stride"), "i32"), "eps": "fp32"},
+        constexprs={
+            "OUTPUTS": outputs,
+            "COLUMNS": columns,
+            "KIND": kind,
+            "GROUP": group,
+            "WIDTH": tile_columns(kind, group),
+            "SPLIT": split,
+            "BATCH_TILE": tile,
+            "NORMALISE": layer in ("qkv", "gate_up", "head"),
+            "SWIGLU": swiglu,
+            "HAS_RESIDUAL": layer in ("out", "down"),
+            "STAGES": stages(tile),
+        },
+        aligned=(*pointers, "x_stride", "residual_stride"),
+        is_matmul=kind != "fp32",
+    )
+
+
+def _aot() -> list[AotCase]:
+    layers = {
+        "7b": {"qkv": (12288, 4096), "out": (4096, 4096), "gate_up": (11008, 4096), "down": (4096, 11008)},
+        "3b": {"gate_up": (8704, 3200), "down": (3200, 8704)},
+        "default": {"qkv": (576, 192), "gate_up": (512, 192), "head": (1002, 192)},
+    }
+    cases = [_case("7b", layer, *shape, kind) for layer, shape in layers["7b"].items() for kind in ("bf16", "int8")]
+    cases += [_case("7b", layer, *shape, "int4", 128) for layer, shape in layers["7b"].items()]
+    cases += [_case("7b", "gate_up", *layers["7b"]["gate_up"], "bf16", tile=tile) for tile in (32, 64)]
+    cases += [_case("7b", "down", *layers["7b"]["down"], kind, group) for kind, group in (("fp8", 0), ("int8", 128))]
+    cases += [_case("7b", "gate_up", *layers["7b"]["gate_up"], "int4", 64, 64)]
+    cases += [_case("3b", layer, *shape, "bf16") for layer, shape in layers["3b"].items()]
+    cases += [
+        _case("default", layer, *shape, kind) for layer, shape in layers["default"].items() for kind in ("fp32", "fp16")
+    ]
+    return cases
+
+
+AOT = _aot()
