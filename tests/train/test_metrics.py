@@ -105,7 +105,7 @@ def test_principal_directions_come_from_the_real_set() -> None:
     project = metrics.Projection.principal(real, 2)
     np.testing.assert_allclose(np.abs(project.basis[[0, 2]]), np.eye(2), atol=0.2)
     np.testing.assert_allclose(project(real).mean(0), 0, atol=1e-12)
-    assert metrics.fid(project(real), project(real + [0, 7, 0, 0, 0, 0])) < 0.1
+    assert metrics.fid(project(real), project(real + np.array([0, 7, 0, 0, 0, 0]))) < 0.1
     whole = metrics.Projection.principal(real, 6)
     other = noise(50, 6, seed=1)
     assert metrics.fid(whole(real), whole(other)) == pytest.approx(metrics.fid(real, other), rel=1e-9)
