@@ -43,7 +43,7 @@ setup(
     python_requires=">=3.11,<3.14",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"kinetok": ["py.typed"], "kinetok.model": ["default/*"]},
+    package_data={"kinetok": ["py.typed"], "kinetok.model": ["default/*"], "kinetok.train": ["default/*"]},
     install_requires=[
         "numpy>=2,<2.6",
         "torch>=2.11,<2.14",
