@@ -10,7 +10,7 @@ import pytest
 from kinetok.motion import Motion
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
 
-COMMANDS = ("generate", "view", "convert", "embed", "import-checkpoint", "verify-checkpoint", "train", "doctor")
+COMMANDS = ("generate", "view", "convert", "embed", "import-checkpoint", "verify-checkpoint", "train", "doctor", "aot")
 
 
 @pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), ("train", "tokenizer"), ("train", "decoder")])

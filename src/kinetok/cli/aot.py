@@ -1,0 +1,149 @@
+"""``kinetok aot``."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kinetok.cli.common import bar, example
+from kinetok.errors import UserError, missing_package
+
+SCHEMA = 1
+Row = Mapping[str, Any]
+
+
+def register(app: typer.Typer) -> None:
+    lines = "kinetok aot --op norm --arch sm_90", "kinetok aot --check benchmarks/results/aot_3.7.1.json"
+    app.command(epilog=example(*lines))(aot)
+
+
+def aot(
+    arch: Annotated[list[str] | None, typer.Option(help="Only this architecture (sm_90); may be repeated.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only this family or kernel (fsq); may be repeated.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Print what changed against a table written before.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+) -> None:
+    """Compile every kernel for each GPU architecture, no GPU needed; exit code 1 where one spills or is over its budget."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        raise missing_package("triton", "gpu", "kinetok aot") from None
+    before = _read(check) if check else None
+    rows = _compile(arch or [], op or [], jobs)
+    print(_table(rows))
+    if before is not None and check is not None:
+        if before["triton"] != triton:
+            print(f"{check} is of triton {before['triton']}, this is {triton}")
+        for line in _changes(before["rows"], rows, whole=not (arch or op)):
+            print(line)
+    if json_file:
+        _write(json_file, triton, rows)
+    failures = [f"{row['kernel']} {row['arch']}: {problem}" for row in rows for problem in row["problems"]]
+    for failure in failures:
+        print(f"FAILED {failure}")
+    print(f"{len(rows)} compiled with triton {triton}, {len(failures)} problems")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _compile(archs: Sequence[str], ops: Sequence[str], jobs: int) -> list[Row]:
+    """A row of each kernel and architecture asked for, in a fixed order."""
+    from kinetok.kernels import machine_code
+
+    known = [f"sm_{number}" for number in machine_code.SHARED_LIMIT]
+    for arch in archs:
+        if arch not in known:
+            raise UserError(f"--arch: expected one of {', '.join(known)}, got {arch!r}")
+    with _workers(min(jobs, os.cpu_count() or 1)) as submit:
+        work = submit(machine_code.names).result()
+        for op in ops:
+            if not any(op in (family, name) for family, name, _ in work):
+                families = ", ".join(dict.fromkeys(family for family, *_ in work))
+                raise UserError(f"--op: expected one of {families} or a kernel of theirs, got {op!r}")
+        chosen = [
+            (family, name, arch)
+            for family, name, arch in work
+            if (not archs or f"sm_{arch}" in archs) and (not ops or family in ops or name in ops)
+        ]
+        futures = [submit(machine_code.row, *item) for item in chosen]
+        with bar("compiling", shown=True) as update:
+            rows = []
+            for done, future in enumerate(futures):
+                update(done, len(futures), chosen[done][1])
+                rows.append(future.result())
+    return rows
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[Callable[..., Any]]:
+    """``submit`` of a pool of fresh processes: triton's interpreter may be on in this one, and is then for good."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        try:
+            yield pool.submit
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _table(rows: Iterable[Row]) -> str:
+    """A line a kernel, a column an architecture: registers a thread, shared memory in KB, tensor-core instructions."""
+    archs = list(dict.fromkeys(row["arch"] for row in rows))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if "registers" in row:
+            text = f"{row['registers']:3} {row['shared'] / 1024:5.1f}K {' '.join(row['tensor_core'])}"
+        else:
+            text = "not compiled"
+        cells.setdefault(row["kernel"], {})[row["arch"]] = text + (" !" if row["problems"] else "")
+    first = max([len(name) for name in cells], default=0)
+    widths = {arch: max([len(line.get(arch, "")) for line in cells.values()] + [len(arch)]) for arch in archs}
+    lines = ["  ".join((" " * first, *(arch.ljust(widths[arch]) for arch in archs)))]
+    for name, line in cells.items():
+        lines.append("  ".join((name.ljust(first), *(line.get(arch, "").ljust(widths[arch]) for arch in archs))))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _write(path: Path, triton: str, rows: Iterable[Row]) -> None:
+    """One row a line, sorted, so that a change of one kernel is one line of a diff."""
+    from kinetok.files import whole_file
+
+    ordered = sorted(rows, key=lambda row: (row["kernel"], int(row["arch"][3:])))
+    lines = ",\n".join(json.dumps(row) for row in ordered)
+    with whole_file(path) as temporary:
+        temporary.write_text(f'{{"schema": {SCHEMA}, "triton": "{triton}", "rows": [\n{lines}\n]}}\n')
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+        known = table["schema"] == SCHEMA and all({"kernel", "arch"} <= set(row) for row in table["rows"])
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: expected a table that kinetok aot --json wrote") from error
+    if not known or not isinstance(table.get("triton"), str):
+        raise UserError(f"{path}: expected a table of kinetok aot --json, schema {SCHEMA}")
+    return table
+
+
+def _changes(before: Iterable[Row], after: Iterable[Row], *, whole: bool) -> Iterator[str]:
+    """A line for each row that differs; rows that are gone only where everything was compiled."""
+    old, new = ({(row["kernel"], row["arch"]): row for row in rows} for rows in (before, after))
+    for key, row in new.items():
+        if key not in old:
+            yield f"new: {' '.join(key)}"
+            continue
+        for name in row:
+            if row[name] != old[key].get(name):
+                yield f"changed: {' '.join(key)}: {name} {old[key].get(name)} -> {row[name]}"
+    if whole:
+        yield from (f"gone: {' '.join(key)}" for key in old if key not in new)
