@@ -1,6 +1,8 @@
 """Somebody's folder of motion files and captions becomes a motion set; what cannot be used is named."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -313,3 +315,18 @@ def test_an_earlier_import_is_replaced_and_survives_a_failure(source: Path, tmp_
     with pytest.raises(UserError, match="none can be used"):
         import_motions(source, out)
     assert tree(out) == before
+
+
+@pytest.mark.parametrize("call", ["kinetok.files.tempfile.mkstemp", "pathlib.Path.replace", "pathlib.Path.write_text"])
+def test_a_full_disk_leaves_the_earlier_import(source: Path, tmp_path: Path, monkeypatch, call: str) -> None:
+    import_motions(source, tmp_path / "out")
+    before = tree(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, full)
+        with pytest.raises(UserError, match="cannot write .*No space left"):
+            import_motions(source, tmp_path / "out")
+    assert tree(tmp_path) == before
