@@ -327,6 +327,6 @@ def test_a_full_disk_leaves_the_earlier_import(source: Path, tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(call, full)
-        with pytest.raises(UserError, match="cannot write .*No space left"):
+        with pytest.raises(UserError, match=r"cannot write .*No space left"):
             import_motions(source, tmp_path / "out")
     assert tree(tmp_path) == before
