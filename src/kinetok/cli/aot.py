@@ -61,11 +61,12 @@ def _compile(archs: Sequence[str], ops: Sequence[str], jobs: int) -> list[Row]:
         if arch not in known:
             raise UserError(f"--arch: expected one of {', '.join(known)}, got {arch!r}")
     with _workers(min(jobs, os.cpu_count() or 1)) as submit:
-        work = submit(machine_code.names).result()
+        families = machine_code.families()
+        named = [op for op in ops if op in families]
+        work = submit(machine_code.names, named if ops and len(named) == len(ops) else families).result()
         for op in ops:
             if not any(op in (family, name) for family, name, _ in work):
-                families = ", ".join(dict.fromkeys(family for family, *_ in work))
-                raise UserError(f"--op: expected one of {families} or a kernel of theirs, got {op!r}")
+                raise UserError(f"--op: expected one of {', '.join(families)} or a kernel of theirs, got {op!r}")
         chosen = [
             (family, name, arch)
             for family, name, arch in work
