@@ -94,7 +94,11 @@ class MotionDecoder(nn.Module):
         return self._table
 
     def forward(self, tokens: Tensor, text_features: Tensor, text_mask: Tensor, *, dropout: float = 0.0) -> Tensor:
-        """Logits ``[B, T, head_rows]`` in the training layout (section 3).
+        """Logits ``[B, T, head_rows]`` in the training layout: the head on ``states``."""
+        return self.head(self.states(tokens, text_features, text_mask, dropout=dropout))
+
+    def states(self, tokens: Tensor, text_features: Tensor, text_mask: Tensor, *, dropout: float = 0.0) -> Tensor:
+        """What the head multiplies, ``[B, T, d]``, in the training layout (section 3).
 
         tokens ``[B, T]`` integer: n pads for an item's n text tokens, motion, end, pads. text_features ``[B, L, D]`` and
         text_mask ``[B, L]`` (1 for a real one, real ones first): where the mask is 1 the embedding is replaced by the
@@ -118,7 +122,7 @@ class MotionDecoder(nn.Module):
         for block in self.blocks:
             x = x + drop(block.mix(attention(*block.project(x, table), visible)))
             x = x + drop(block.mlp(x))
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def _text(self, features: Tensor) -> Tensor:
         return self.text_proj(features.to(self.text_proj.weight.dtype))

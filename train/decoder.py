@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinetok.errors import UserError
+from kinetok.kernels.cross_entropy import linear_cross_entropy
 from kinetok.model.bank import PromptBank
 from kinetok.model.config import TokenizerConfig
 from kinetok.model.decoder import MotionDecoder
@@ -31,6 +32,7 @@ POOLED_SCALE = 10.0
 TEXT_ENCODER = {"type": "minilm", "name": MiniLM.name, "pooled_scale": POOLED_SCALE}
 STANDING = "idle"  # labels of clips in which nothing is livelier than the rest
 IGNORED = -100
+MANY_CLASSES = 16384  # from here on the logits, not the activations, are what fills the memory
 
 
 def other_subjects(caption: str) -> list[str]:
@@ -65,6 +67,14 @@ class _Side:
     tokens: Tensor
     heading: np.ndarray
     effort: np.ndarray
+
+
+def next_token_loss(decoder: MotionDecoder, states: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of the head on ``states [B, T, d]``; targets ``[B, T]``, ``IGNORED`` where none counts."""
+    if decoder.config.head_rows >= MANY_CLASSES:
+        return linear_cross_entropy(states, decoder.head.weight, targets, IGNORED)
+    logits = decoder.head(states).float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 class DecoderTask:
@@ -161,8 +171,8 @@ class DecoderTask:
         wrong &= tokens < recipe.model.codebook
         tokens = torch.where(wrong, torch.randint(recipe.model.codebook, tokens.shape), tokens)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=recipe.bf16):
-            logits = self.module(tokens, features, mask, dropout=recipe.dropout)
-        return {"loss": F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)}
+            states = self.module.states(tokens, features, mask, dropout=recipe.dropout)
+            return {"loss": next_token_loss(self.module, states, targets)}
 
     @torch.no_grad()
     def validate(self, module: nn.Module) -> Mapping[str, float]:
@@ -173,8 +183,8 @@ class DecoderTask:
         for clip in self.held_out:
             item = self._text(clip.captions[0]), self.sides[clip.id, False][0].tokens[:most], False
             tokens, features, mask, targets = self._batch([item])
-            logits = module(tokens, features, mask)
-            value = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+            assert isinstance(module, MotionDecoder)
+            value = next_token_loss(module, module.states(tokens, features, mask), targets)
             total += float(value) / labels[clip.label]
         return {"loss": total / len(labels)}
 

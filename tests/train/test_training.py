@@ -10,8 +10,10 @@ import torch
 from kinetok.errors import UserError
 from kinetok.kernels.kinematics import heading_scan, matrix_from_6d
 from kinetok.model.config import DecoderConfig, TokenizerConfig
+from kinetok.model.decoder import MotionDecoder
 from kinetok.motion.features import HEADING_CHANGE, POSITIONS, from_motion, joints_from_positions
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.train import decoder as decoder_training
 from kinetok.train.data.store import Clip, matrices
 from kinetok.train.decoder import other_subjects
 from kinetok.train.losses import released_loss, world_steps
@@ -37,7 +39,7 @@ def test_released_loss_is_the_golden_one(golden) -> None:
 
 def test_the_folded_tokenizer_computes_the_same() -> None:
     config = TokenizerConfig(nb_code=256, code_dim=12, width=16, depth=1, patcher="none", causal=True)
-    recipe = replace(mini_tokenizer(), model=config, batch=2)
+    recipe = replace(mini_tokenizer(), model=config, frames=128, windows=((64, 0.5), (32, 0.5)))
     task = TokenizerTask(recipe, [clip(0, "train"), clip(1, "train"), clip(2, "val")])
     optimizer = torch.optim.SGD(task.module.parameters(), lr=0.01)
     rng = np.random.default_rng(0)
@@ -93,3 +95,20 @@ def test_steps_over_the_floor_are_those_of_the_joints_themselves() -> None:
     expected = np.einsum("tij,tkj->tki", heading[:-1], np.diff(joints, axis=0))
     local = torch.from_numpy(x[:, POSITIONS]).unflatten(-1, (22, 3))
     np.testing.assert_allclose(world_steps(local[None], torch.from_numpy(x)[None])[0], expected, atol=1e-9)
+
+
+def test_both_routes_of_the_decoder_loss_agree(monkeypatch) -> None:
+    torch.manual_seed(0)
+    model = MotionDecoder(DecoderConfig(n_layer=1, n_head=2, n_embd=16, codebook=40, text_dim=6))
+    tokens, targets = torch.randint(40, (3, 9)), torch.randint(41, (3, 9))
+    targets[:, :4], targets[1, 6:] = decoder_training.IGNORED, decoder_training.IGNORED
+    losses, gradients = [], []
+    for many in (10**6, 2):
+        monkeypatch.setattr(decoder_training, "MANY_CLASSES", many)
+        states = model.states(tokens, torch.ones(3, 4, 6), torch.ones(3, 4))
+        loss = decoder_training.next_token_loss(model, states, targets)
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(losses[0], losses[1])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
