@@ -137,21 +137,22 @@ def _stretches(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 
 def flights(
-    joints: ArrayLike, *, clear: float = 0.05, rise: float = 0.08, frames: int = 4, longest: int = 30
+    joints: ArrayLike, *, clear: float = 0.05, top: float = 0.1, rise: float = 0.08, frames: int = 4, longest: int = 30
 ) -> list[tuple[int, int]]:
     """Stretches (first, one past the last frame) in which the figure is in the air.
 
     Both toe joints are ``clear`` metres above where that foot stands (the 5th percentile of its height) for ``frames`` to
-    ``longest`` frames between a take-off and a landing, and the pelvis gets ``rise`` metres above its median height.
+    ``longest`` frames between a take-off and a landing, at some moment both ``top`` metres above, and the pelvis gets
+    ``rise`` metres above its median height.
     """
     x = figure(joints)
     toes = x[:, TOES, 1]
-    airborne = (toes - np.percentile(toes, 5, axis=0)).min(axis=-1) > clear
+    lower = (toes - np.percentile(toes, 5, axis=0)).min(axis=-1)
     pelvis = x[:, PELVIS, 1] - np.median(x[:, PELVIS, 1])
     return [
         (a, b)
-        for a, b in _stretches(airborne)
-        if frames <= b - a <= longest and a > 0 and b < len(x) and pelvis[a:b].max() >= rise
+        for a, b in _stretches(lower > clear)
+        if frames <= b - a <= longest and a > 0 and b < len(x) and lower[a:b].max() >= top and pelvis[a:b].max() >= rise
     ]
 
 
@@ -176,24 +177,35 @@ def reversals(signal: Doubles, swing: float) -> list[int]:
     return turns
 
 
+def _chains(turns: list[int], within: int) -> list[list[int]]:
+    """The turns in runs whose neighbours are no more than ``within`` frames apart."""
+    chains: list[list[int]] = []
+    for turn in turns:
+        if chains and turn - chains[-1][-1] <= within:
+            chains[-1].append(turn)
+        else:
+            chains.append([turn])
+    return chains
+
+
 def kick_height(joints: ArrayLike, *, stretch: float = 0.65) -> float:
-    """Greatest height of an ankle above the other knee while its leg is stretched to ``stretch`` metres and the head is
-    above the pelvis; minus infinity when there is no such frame."""
+    """Greatest height that an ankle keeps above the other knee for two frames, metres, while its leg is stretched to
+    ``stretch`` metres and the head is above the pelvis; minus infinity when there is no such moment."""
     x = figure(joints)
     best = -np.inf
     for side in (0, 1):
         foot, knee = x[:, ANKLES[side]], x[:, KNEES[1 - side]]
         fine = (np.linalg.norm(foot - x[:, HIPS[side]], axis=-1) > stretch) & (x[:, HEAD, 1] > x[:, PELVIS, 1])
-        if fine.any():
-            best = max(best, float((foot - knee)[fine, 1].max()))
+        above = np.where(fine, (foot - knee)[:, 1], -np.inf)
+        best = max(best, float(np.minimum(above[1:], above[:-1]).max(initial=-np.inf)))
     return best
 
 
-def strike_speed(joints: ArrayLike, *, reach: float = 0.45, slope: float = 0.35) -> float:
-    """Greatest speed in metres a second at which a fist leaves its shoulder for a straight arm ahead.
+def strike_speed(joints: ArrayLike, *, reach: float = 0.45, gain: float = 0.2, slope: float = 0.35) -> float:
+    """Greatest forward speed of a fist that ends in a stretched arm, metres a second relative to the pelvis.
 
-    The arm ends ``reach`` metres long or longer within 3 frames, ahead of the body and no more than ``slope`` metres above or
-    below the shoulder. 0.0 where there is none.
+    Within four frames the wrist is ``reach`` metres from its shoulder, ``gain`` more than at its nearest in the eight frames
+    before, 0.3 m ahead of the pelvis and no more than ``slope`` metres above or below the shoulder. 0.0 where there is none.
     """
     x = figure(joints)
     if len(x) < 3:
@@ -201,18 +213,22 @@ def strike_speed(joints: ArrayLike, *, reach: float = 0.45, slope: float = 0.35)
     front = facing(x)
     best = 0.0
     for side in (0, 1):
-        arm = x[:, WRISTS[side]] - x[:, SHOULDERS[side]]
+        arm, fist = x[:, WRISTS[side]] - x[:, SHOULDERS[side]], x[:, WRISTS[side]] - x[:, PELVIS]
         length = np.linalg.norm(arm, axis=-1)
-        forward = (arm[:, FLOOR] * front).sum(-1)
-        struck = (length > reach) & (forward > 0.3) & (np.abs(arm[:, 1]) < slope)
-        speed = (length[2:] - length[:-2]) / 2 * FPS
+        struck = (length > reach) & ((fist[:, FLOOR] * front).sum(-1) > 0.3) & (np.abs(arm[:, 1]) < slope)
+        velocity = np.zeros_like(fist)
+        velocity[1:-1] = (fist[2:] - fist[:-2]) / 2 * FPS
+        speed = (velocity[:, FLOOR] * front).sum(-1)
+        # An uppercut or an arm thrown up moves more upwards than forwards.
+        speed[np.abs(velocity[:, 1]) >= speed] = 0.0
         for t in np.flatnonzero(speed > best):
-            if struck[t + 1 : t + 5].any():
+            end = length[t : t + 5][struck[t : t + 5]].max(initial=0.0)
+            if end - length[max(0, t - 8) : t + 1].min() > gain:
                 best = max(best, float(speed[t]))
     return best
 
 
-def wave_reversals(joints: ArrayLike, *, swing: float = 0.05, within: int = 24) -> int:
+def wave_reversals(joints: ArrayLike, *, swing: float = 0.05, within: int = 16) -> int:
     """Most sideways reversals in a row of a wrist held above its shoulder, no more than ``within`` frames apart."""
     x = figure(joints)
     front = facing(x)
@@ -222,26 +238,28 @@ def wave_reversals(joints: ArrayLike, *, swing: float = 0.05, within: int = 24) 
         arm = x[:, WRISTS[side]] - x[:, SHOULDERS[side]]
         sideways = (arm[:, FLOOR] * left).sum(-1)
         for a, b in _stretches(arm[:, 1] > 0):
-            best = max(best, _longest_chain(reversals(sideways[a:b], swing), within))
+            best = max(best, *map(len, _chains(reversals(sideways[a:b], swing), within)), 0)
     return best
 
 
-def dribble_reversals(joints: ArrayLike, *, swing: float = 0.06, within: int = 20) -> int:
-    """Most up-and-down reversals in a row of a wrist between knee and shoulder, relative to the pelvis."""
+def dribble_reversals(joints: ArrayLike, *, swing: float = 0.08, within: int = 20, upright: float = 0.8) -> int:
+    """Most up-and-down reversals in a row of a wrist at waist height, no more than ``within`` frames apart.
+
+    Waist height is 0.3 m below to 0.4 m above the pelvis. From the first reversal to the last the wrist is ahead of the pelvis
+    on average, and its way up and down is ``upright`` of its way over the floor or more (a runner's arm swings forwards).
+    """
     x = figure(joints)
+    front = facing(x)
     best = 0
     for side in (0, 1):
-        wrist = x[:, WRISTS[side], 1]
-        waist = (wrist < x[:, SHOULDERS[side], 1] - 0.1) & (wrist > x[:, KNEES, 1].min(-1))
-        for a, b in _stretches(waist):
-            best = max(best, _longest_chain(reversals((wrist - x[:, PELVIS, 1])[a:b], swing), within))
-    return best
-
-
-def _longest_chain(turns: list[int], within: int) -> int:
-    """Length of the longest run of frames no more than ``within`` apart."""
-    best = count = 0
-    for i, turn in enumerate(turns):
-        count = count + 1 if i and turn - turns[i - 1] <= within else 1
-        best = max(best, count)
+        hand = x[:, WRISTS[side]] - x[:, PELVIS]
+        ahead_of_pelvis = (hand[:, FLOOR] * front).sum(-1)
+        steps_of_hand = np.diff(hand, axis=0)
+        for a, b in _stretches((hand[:, 1] > -0.3) & (hand[:, 1] < 0.4)):
+            for chain in _chains(reversals(hand[a:b, 1], swing), within):
+                first, last = a + chain[0], a + chain[-1]
+                moved = steps_of_hand[first:last]
+                vertical, level = np.abs(moved[:, 1]).sum(), np.linalg.norm(moved[:, FLOOR], axis=-1).sum()
+                if vertical > upright * level and ahead_of_pelvis[first : last + 1].mean() > 0:
+                    best = max(best, len(chain))
     return best
