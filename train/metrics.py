@@ -178,3 +178,15 @@ def interval(
     z = NormalDist().inv_cdf((1 + level) / 2)
     half = z * float(x.std(ddof=1)) / len(x) ** 0.5 if len(x) > 1 else 0.0
     return Interval(mean, mean - half, mean + half, len(x))
+
+
+def rate(hits: int, of: int, level: float = 0.95) -> Interval:
+    """A share of yes-or-no trials with its Wilson score interval, which stays sensible at none and at all."""
+    if not 0 <= hits <= of or of < 1 or not 0 < level < 1:
+        raise UserError(
+            f"expected 0 to all hits of at least one trial and a level within 0 to 1, got {hits}, {of}, {level}"
+        )
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    p, weight = hits / of, 1 + z * z / of
+    centre, half = p + z * z / (2 * of), z * (p * (1 - p) / of + z * z / (4 * of * of)) ** 0.5
+    return Interval(p, max(0.0, (centre - half) / weight), min(1.0, (centre + half) / weight), of)
