@@ -258,7 +258,7 @@ def _generated(engine: Engine, evaluator: SmallEvaluator, text: str, settings: S
 
 
 def _any(options: Sequence[Any], rng: np.random.Generator) -> Any:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def _nearest(texts: Sequence[str], train: Sequence[Clip]) -> dict[str, list[int]]:
@@ -321,7 +321,7 @@ def _repeat(
     )
 
     def take(clips: NDArray[np.int64]) -> list[Sample]:
-        return [row.pick(i, row.captions[i][draws.integers(len(row.captions[i]))], picks) for i in clips.tolist()]
+        return [row.pick(i, _any(row.captions[i], draws), picks) for i in clips.tolist()]
 
     resampled = take(draws.integers(len(row.captions), size=len(target)))
     apart = take(draws.permutation(len(row.captions))[: len(target)])

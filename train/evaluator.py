@@ -208,5 +208,5 @@ def load_evaluator(folder: str | Path | None = None) -> SmallEvaluator:
     check_keys(tensors, {**wanted, "mean": (FEATURES,), "std": (FEATURES,)}, frozenset(), str(folder / WEIGHTS))
     module = Evaluator(config)
     module.load_state_dict({name: tensors[name] for name in wanted})
-    stats = [read_stats(tensors[name].double().numpy(), name).copy() for name in ("mean", "std")]
-    return SmallEvaluator(module.requires_grad_(False), *stats, metadata)
+    mean, std = (read_stats(tensors[name].double().numpy(), name).copy() for name in ("mean", "std"))
+    return SmallEvaluator(module.requires_grad_(False), mean, std, metadata)

@@ -93,7 +93,7 @@ def fid(real: ArrayLike, generated: ArrayLike) -> float:
     x, y = _embeddings(real, "real", 2), _embeddings(generated, "generated", 2)
     if x.shape[1] != y.shape[1]:
         raise UserError(f"expected embeddings of one width, got {x.shape[1]} and {y.shape[1]}")
-    r1, r2 = (np.linalg.qr(_centred(z), mode="r") for z in (x, y))
+    r1, r2 = (np.asarray(np.linalg.qr(_centred(z), mode="r"), dtype=np.float64) for z in (x, y))
     crossed = np.linalg.svd(r1 @ r2.T, compute_uv=False).sum()
     gap = np.square(x.mean(0) - y.mean(0)).sum()
     return max(0.0, float(gap + np.square(r1).sum() + np.square(r2).sum() - 2 * crossed))
@@ -189,4 +189,5 @@ def rate(hits: int, of: int, level: float = 0.95) -> Interval:
     z = NormalDist().inv_cdf((1 + level) / 2)
     p, weight = hits / of, 1 + z * z / of
     centre, half = p + z * z / (2 * of), z * (p * (1 - p) / of + z * z / (4 * of * of)) ** 0.5
-    return Interval(p, max(0.0, (centre - half) / weight), min(1.0, (centre + half) / weight), of)
+    # Clipped at p too: at none and at all rounding would put an end on the wrong side of it.
+    return Interval(p, min(p, max(0.0, (centre - half) / weight)), max(p, min(1.0, (centre + half) / weight)), of)

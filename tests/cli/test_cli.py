@@ -10,10 +10,23 @@ import pytest
 from kinetok.motion import Motion
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
 
-COMMANDS = ("generate", "view", "convert", "embed", "import-checkpoint", "verify-checkpoint", "train", "doctor", "aot")
+COMMANDS = (
+    "generate",
+    "view",
+    "convert",
+    "embed",
+    "import-checkpoint",
+    "verify-checkpoint",
+    "train",
+    "evaluate",
+    "doctor",
+    "aot",
+)
 
 
-@pytest.mark.parametrize("command", [*((name,) for name in COMMANDS), ("train", "tokenizer"), ("train", "decoder")])
+@pytest.mark.parametrize(
+    "command", [*((name,) for name in COMMANDS), ("train", "tokenizer"), ("train", "decoder"), ("evaluate", "default")]
+)
 def test_help_shows_an_example(kinetok, command):
     result = kinetok(*command, "--help")
     assert result.code == 0 and "Example" in result.out and f"kinetok {command[0]}" in result.out

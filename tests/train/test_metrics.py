@@ -121,6 +121,18 @@ def test_intervals() -> None:
     assert metrics.interval([3.0], "normal") == metrics.Interval(3.0, 3.0, 3.0, 1)
 
 
+@settings(deadline=None, max_examples=30)
+@given(of=st.integers(1, 60), share=st.floats(0, 1))
+def test_rates_lie_where_their_trials_are_likely(of: int, share: float) -> None:
+    hits = round(share * of)
+    got = metrics.rate(hits, of)
+    assert 0 <= got.low <= got.mean == hits / of <= got.high <= 1 and got.repeats == of
+    # Wilson's ends are the shares from which the seen one is z standard deviations away.
+    for end in (got.low, got.high):
+        if 0 < end < 1 and end != got.mean:
+            assert abs(got.mean - end) == pytest.approx(1.959964 * (end * (1 - end) / of) ** 0.5, rel=1e-5)
+
+
 def test_wrong_inputs_are_named() -> None:
     x = noise(8, 4)
     for call, words in (
@@ -136,6 +148,8 @@ def test_wrong_inputs_are_named() -> None:
         (lambda: metrics.Projection.principal(x, 8), "1 to 4 directions"),
         (lambda: metrics.interval([]), "finite values"),
         (lambda: metrics.interval([1.0], level=1.0), "level"),
+        (lambda: metrics.rate(3, 2), "got 3, 2"),
+        (lambda: metrics.rate(0, 0), "at least one trial"),
     ):
         with pytest.raises(UserError, match=words):
             call()
