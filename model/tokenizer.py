@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinetok.errors import UserError
-from kinetok.kernels.fsq import fsq_dequantize, fsq_quantize
+from kinetok.kernels.fsq import fsq_dequantize, fsq_encode
 from kinetok.kernels.wavelet import Mode, dwt, idwt
 from kinetok.model.config import TokenizerConfig
 
@@ -222,7 +222,9 @@ class MotionTokenizer(nn.Module):
             raise UserError(f"expected frames of shape [B, T, {config.input_dim}], got {list(frames.shape)}")
         if -(-frames.shape[1] // config.patch_size) < config.stride_t**config.down_t:
             raise UserError(f"expected at least {config.frames_per_token} frames (one token), got {frames.shape[1]}")
-        return fsq_quantize(self.project_in(self.latents(frames)), config.levels)[1]
+        project = self.project_in
+        weight, bias = (project.weight, project.bias) if isinstance(project, nn.Linear) else (None, None)
+        return fsq_encode(self.latents(frames), weight, bias, config.levels)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Tokens ``[B, n]`` to normalised frames ``[B, n * frames_per_token, 272]``, each row a clip of its own."""

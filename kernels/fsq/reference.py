@@ -6,10 +6,11 @@ from math import atanh, prod
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @lru_cache(maxsize=64)
-def _constants(levels: tuple[int, ...]) -> tuple[list[float], list[float], list[float], list[int], list[int]]:
+def level_constants(levels: tuple[int, ...]) -> tuple[list[float], list[float], list[float], list[int], list[int]]:
     """Per level: half range, offset, shift, half width, basis."""
     half = [(level - 1) * 1.001 / 2 for level in levels]
     offset = [0.5 if level % 2 == 0 else 0.0 for level in levels]
@@ -19,46 +20,73 @@ def _constants(levels: tuple[int, ...]) -> tuple[list[float], list[float], list[
     return half, offset, shift, width, basis
 
 
+def _vector(values: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``values`` as a tensor beside ``like``, of ops that a decomposition can hold (``torch.tensor`` leaves detach_)."""
+    return torch.cat([like.new_full((1,), value, dtype=dtype) for value in values])
+
+
 def fsq_bound(z: Tensor, levels: Sequence[int]) -> Tensor:
     """Squash ``z [..., n]`` into the open range of its levels: tanh(z + shift) * half - offset, in fp32 or fp64."""
-    half, offset, shift, _, _ = _constants(tuple(levels))
+    half, offset, shift, _, _ = level_constants(tuple(levels))
     z = z if z.dtype == torch.float64 else z.float()
-    return torch.tanh(z + z.new_tensor(shift)) * z.new_tensor(half) - z.new_tensor(offset)
+    return torch.tanh(z + _vector(shift, z)) * _vector(half, z) - _vector(offset, z)
+
+
+def _indices(rounded: Tensor, levels: Sequence[int]) -> Tensor:
+    """Rounded values ``[..., n]``, from -floor(l/2) up, to int32 indices ``[...]``."""
+    _, _, _, width, basis = level_constants(tuple(levels))
+    digits = rounded.to(torch.int32) + _vector(width, rounded, torch.int32)
+    return (digits * _vector(basis, rounded, torch.int32)).sum(-1, dtype=torch.int32)
 
 
 def codes_to_indices(codes: Tensor, levels: Sequence[int]) -> Tensor:
     """Codes ``[..., n]`` in [-1, 1] to int32 indices ``[...]``; level 0 varies fastest."""
-    _, _, _, width, basis = _constants(tuple(levels))
-    digits = (codes * codes.new_tensor(width)).round().to(torch.int32) + torch.tensor(
-        width, dtype=torch.int32, device=codes.device
-    )
-    return (digits * torch.tensor(basis, dtype=torch.int32, device=codes.device)).sum(-1, dtype=torch.int32)
+    width = level_constants(tuple(levels))[3]
+    return _indices((codes * _vector(width, codes)).round(), levels)
 
 
 def fsq_quantize(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Quantise ``z [..., n]``, one number per level.
-
-    Returns codes ``[..., n]`` (fp32, or fp64 for fp64 input; multiples of 1 / floor(l/2) in [-1, 1]) and int32 indices
-    ``[...]``. Rounding is half to even. The gradient goes straight through the rounding only: tanh and the scale
-    are differentiated.
-    """
-    _, _, _, width, _ = _constants(tuple(levels))
+    """``kinetok.kernels.fsq_quantize``: codes ``[..., n]`` and int32 indices ``[...]`` of ``z [..., n]``."""
+    _, _, _, width, _ = level_constants(tuple(levels))
     bounded = fsq_bound(z, levels)
     rounded = bounded.detach().round()
-    codes = (
-        (bounded + (rounded - bounded).detach()) / bounded.new_tensor(width)
-        if bounded.requires_grad
-        else (rounded / bounded.new_tensor(width))
-    )
-    return codes, codes_to_indices(rounded / bounded.new_tensor(width), levels)
+    through = bounded + (rounded - bounded).detach() if bounded.requires_grad else rounded
+    return through / _vector(width, bounded), _indices(rounded, levels)
+
+
+def fsq_quantize_backward(grad: Tensor, z: Tensor, levels: Sequence[int]) -> Tensor:
+    """Gradient of ``z [..., n]`` for that of the codes: grad * half / floor(l/2) * (1 - tanh(z + shift)^2)."""
+    half, _, shift, width, _ = level_constants(tuple(levels))
+    wide = z if z.dtype == torch.float64 else z.float()
+    slope = 1 - torch.tanh(wide + _vector(shift, wide)).square()
+    return (grad * slope * _vector([h / w for h, w in zip(half, width, strict=True)], wide)).to(z.dtype)
 
 
 def fsq_dequantize(indices: Tensor, levels: Sequence[int]) -> Tensor:
-    """Integer indices ``[...]`` in [0, prod(levels)) to fp32 codes ``[..., n]``."""
-    _, _, _, width, basis = _constants(tuple(levels))
-    make = lambda values: torch.tensor(values, dtype=torch.int32, device=indices.device)  # noqa: E731
-    digits = (indices.to(torch.int32)[..., None] // make(basis)) % make(list(levels))
-    return (digits - make(width)).float() / make(width).float()
+    """``kinetok.kernels.fsq_dequantize``: fp32 codes ``[..., n]`` of integer indices ``[...]``."""
+    _, _, _, width, basis = level_constants(tuple(levels))
+    indices = indices.to(torch.int32)[..., None]
+    digits = (indices // _vector(basis, indices)) % _vector(levels, indices)
+    half = _vector(width, indices)
+    return (digits - half).float() / half.float()
+
+
+def fsq_encode(x: Tensor, weight: Tensor | None, bias: Tensor | None, levels: Sequence[int]) -> Tensor:
+    """``kinetok.kernels.fsq_encode``: int32 indices ``[...]`` of ``x [..., C]``."""
+    z = x if weight is None else F.linear(x, weight, bias)
+    return _indices(fsq_bound(z, levels).round(), levels)
+
+
+def fsq_decode(indices: Tensor, weight: Tensor, bias: Tensor, levels: Sequence[int]) -> Tensor:
+    """``kinetok.kernels.fsq_decode``: ``[..., C]`` of integer indices ``[...]``.
+
+    One product a level, added in their order, so that the bits of a row do not depend on how many there are.
+    """
+    codes = fsq_dequantize(indices, levels).to(weight.dtype)
+    out = bias.expand(*indices.shape, -1)
+    for level in range(len(levels)):
+        out = out + codes[..., level, None] * weight[:, level]
+    return out
 
 
 def fsq_perplexity(indices: Tensor, codebook: int) -> tuple[Tensor, Tensor]:
