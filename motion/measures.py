@@ -112,6 +112,11 @@ def pelvis_height(joints: ArrayLike) -> float:
     return float(np.median(x[:, PELVIS, 1]) - np.percentile(x[:, TOES, 1].min(axis=-1), 5))
 
 
+def pelvis_range(joints: ArrayLike) -> float:
+    """How far the pelvis goes up and down in all, metres."""
+    return float(np.ptp(figure(joints)[:, PELVIS, 1]))
+
+
 def limb_speed(joints: ArrayLike) -> float:
     """Mean speed of wrists, elbows and ankles relative to the pelvis, metres a second."""
     x = figure(joints)

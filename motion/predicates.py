@@ -15,19 +15,23 @@ WALK_PACE, RUN_PACE = 0.7, 2.0
 UPRIGHT, STOOPED = 0.49, 0.35
 # Pelvis above the standing foot: standing and walking 0.91 to 0.97 m, karate 0.64 to 0.82 (one clip in twenty above).
 STANCE = 0.85
-# Mean speed of the limbs: standing clips up to 0.12 m/s (95 %), dancing ones from 0.37 (95 %), salsa from 0.37.
-LIMBS_STILL, LIMBS_MOVE = 0.3, 0.35
+# Mean speed of the limbs: standing clips up to 0.16 m/s (99 %), dancing ones from 0.37 (95 %), salsa from 0.37.
+LIMBS_STILL, LIMBS_MOVE = 0.2, 0.35
 # Standing and straight walking turn less than 0.24 rad in 95 of 100 clips; clips said to turn, 0.68 and more (but for one
 # that "veers" by 0.21).
 TURN = 0.5
 
 
 def stands_still(joints: ArrayLike) -> bool:
-    # Standing clips shift their weight over up to 0.39 m of path (95 %) at 0.10 m/s; the slowest walker covers 2.2 m.
+    # Standing clips shift their weight over up to 0.39 m of path (95 %) at 0.10 m/s and 0.04 m of height, turn by up to
+    # 0.50 rad and move a hand or foot at up to 1.35 m/s (99 %).
     return (
         m.path(joints) < 0.8
         and m.pace(joints) < 0.25
+        and m.pelvis_range(joints) < 0.1
+        and abs(m.turned(joints)) < 0.6
         and m.limb_speed(joints) < LIMBS_STILL
+        and m.peak_speed(joints) < 1.5
         and m.trunk(joints) > UPRIGHT
         and m.pelvis_height(joints) > STANCE
     )
