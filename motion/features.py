@@ -15,21 +15,21 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.kernels.kinematics import (
+    HEADING_CHANGE,
+    ROOT_VELOCITY,
     forward_kinematics,
-    heading_scan,
-    matrix_from_6d,
+    heading_and_path,
+    local_pose,
+    pose_from_features,
     rotation_about_y,
     sixd_from_matrix,
 )
 from kinetok.motion.skeleton import JOINTS, LEFT_RIGHT, PARENTS
 
 FEATURES = 272
-ROOT_VELOCITY = slice(0, 2)
-HEADING_CHANGE = slice(2, 8)
 POSITIONS = slice(8, 74)
 VELOCITIES = slice(74, 140)
 ROTATIONS = slice(140, 272)
-ROOT_HEIGHT = 9
 
 
 Array = Any  # numpy.ndarray or torch.Tensor
@@ -69,6 +69,10 @@ def _expect(name: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
         raise UserError(f"{name}: expected at least one frame, got none")
     if not value.isfinite().all():
         raise UserError(f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def _expect_features(x: Tensor) -> None:
+    _expect("features", x.flatten(0, -2) if x.ndim > 2 else x, (None, FEATURES))
 
 
 @_same_kind
@@ -134,40 +138,28 @@ def mirrored(x: Array) -> Array:
     )
 
 
-def _heading_and_path(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse heading ``[T, 3, 3]`` and the root path on the floor ``[T, 3]`` (y = 0)."""
-    _expect("features", x, (None, FEATURES))
-    back = heading_scan(matrix_from_6d(x[:, HEADING_CHANGE])).transpose(-1, -2)
-    step = torch.stack((x[:, 0], torch.zeros_like(x[:, 0]), x[:, 1]), dim=-1)
-    step = torch.cat((step[:1], (back[:-1] @ step[1:, :, None])[..., 0]))
-    # The floor path ignores the vertical part that a tilted heading gives to a step.
-    return back, step.cumsum(0) * step.new_tensor([1, 0, 1])
-
-
 @_same_kind
 def joints_from_positions(x: Array) -> Array:
-    """Joints ``[T, 22, 3]`` in metres from the local positions of features ``[T, 272]``."""
-    back, path = _heading_and_path(x)
-    local = x[:, POSITIONS].unflatten(1, (JOINTS, 3))
-    return (back[:, None] @ local[..., None])[..., 0] + path[:, None]
-
-
-def _rotations_and_root(x: Tensor) -> tuple[Tensor, Tensor]:
-    back, path = _heading_and_path(x)
-    local = matrix_from_6d(x[:, ROTATIONS].unflatten(1, (JOINTS, 6)))
-    rotations = torch.cat((back[:, None] @ local[:, :1], local[:, 1:]), dim=1)
-    return rotations, torch.stack((path[:, 0], x[:, ROOT_HEIGHT], path[:, 2]), dim=-1)
+    """Joints ``[..., T, 22, 3]`` in metres from the local positions of features ``[..., T, 272]``."""
+    _expect_features(x)
+    back, path = heading_and_path(x)
+    local = x[..., POSITIONS].unflatten(-1, (JOINTS, 3))
+    return (back[..., None, :, :] @ local[..., None])[..., 0] + path[..., None, :]
 
 
 @_same_kind
 def rotations_from_features(x: Array) -> tuple[Array, Array]:
-    """Local rotations ``[T, 22, 3, 3]`` (joint 0 global) and pelvis positions ``[T, 3]`` of features ``[T, 272]``."""
-    return _rotations_and_root(x)
+    """Local rotations ``[..., T, 22, 3, 3]`` (joint 0 global) and pelvis positions ``[..., T, 3]`` of features.
+
+    features ``[..., T, 272]``.
+    """
+    _expect_features(x)
+    return local_pose(x)
 
 
 @_same_kind
 def joints_from_rotations(x: Array, offsets: Array) -> Array:
-    """Joints ``[T, 22, 3]`` in metres by forward kinematics over the rotations of features ``[T, 272]``."""
+    """Joints ``[..., T, 22, 3]`` in metres by forward kinematics over the rotations of features ``[..., T, 272]``."""
+    _expect_features(x)
     _expect("offsets", offsets, (JOINTS, 3))
-    rotations, root = _rotations_and_root(x)
-    return forward_kinematics(rotations, root, offsets, PARENTS)[0]
+    return pose_from_features(x, offsets, PARENTS)[0]

@@ -4,9 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 TINY = 1e-12
+
+# A frame of a body with J joints is 8 + 12 J numbers (section 5): root velocity, heading change, joint positions and
+# velocities without heading (3 J each), local rotations with the heading off the root (6 J).
+ROOT_VELOCITY, HEADING_CHANGE, ROOT_HEIGHT, HEAD = slice(0, 2), slice(2, 8), 9, 8
 
 
 def matrix_from_6d(x: Tensor) -> Tensor:
@@ -86,11 +90,11 @@ def heading_scan(change: Tensor) -> Tensor:
     """
     steps = change.shape[-3]
     q = _quaternion(change)
-    identity = q.new_tensor([1.0, 0.0, 0.0, 0.0])
     reach = 1
     while reach < steps:
-        earlier = pad(q[..., : steps - reach, :], (0, 0, reach, 0))
-        earlier[..., :reach, :] = identity
+        first = q[..., :reach, :]
+        identity = torch.cat((torch.ones_like(first[..., :1]), torch.zeros_like(first[..., 1:])), dim=-1)
+        earlier = torch.cat((identity, q[..., : steps - reach, :]), dim=-2)
         q = normalize(_quaternion_product(q, earlier), dim=-1)
         reach *= 2
     return _matrix_from_quaternion(q)
@@ -111,3 +115,35 @@ def forward_kinematics(
         positions.append(positions[parent] + globals_[parent] @ offsets[joint])
         globals_.append(globals_[parent] @ rotations[..., joint, :, :])
     return torch.stack(positions, dim=-2), torch.stack(globals_, dim=-3)
+
+
+def heading_and_path(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse heading ``[..., T, 3, 3]`` and the root's path on the floor ``[..., T, 3]`` (y = 0) of features.
+
+    features ``[..., T, 8 + 12 J]``: heading changes are multiplied up, steps turned out of the frame before's heading and
+    added up.
+    """
+    back = heading_scan(matrix_from_6d(features[..., HEADING_CHANGE])).transpose(-1, -2)
+    x, z = features[..., ROOT_VELOCITY].unbind(-1)
+    step = torch.stack((x, torch.zeros_like(x), z), dim=-1)
+    step = torch.cat((step[..., :1, :], (back[..., :-1, :, :] @ step[..., 1:, :, None])[..., 0]), dim=-2)
+    path = step.cumsum(-2)
+    # The floor path ignores the vertical part that a tilted heading gives to a step.
+    return back, torch.stack((path[..., 0], torch.zeros_like(path[..., 1]), path[..., 2]), dim=-1)
+
+
+def local_pose(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Local rotations ``[..., T, J, 3, 3]`` (joint 0 global) and root positions ``[..., T, 3]`` of features."""
+    back, path = heading_and_path(features)
+    joints = (features.shape[-1] - HEAD) // 12
+    local = matrix_from_6d(features[..., HEAD + 6 * joints :].unflatten(-1, (joints, 6)))
+    rotations = torch.cat((back[..., None, :, :] @ local[..., :1, :, :], local[..., 1:, :, :]), dim=-3)
+    return rotations, torch.stack((path[..., 0], features[..., ROOT_HEIGHT], path[..., 2]), dim=-1)
+
+
+def pose_from_features(features: Tensor, offsets: Tensor, parents: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Joints ``[..., T, J, 3]`` and global rotations ``[..., T, J, 3, 3]`` of features ``[..., T, 8 + 12 J]``.
+
+    offsets ``[J, 3]`` of each joint from its parent; parents as in ``forward_kinematics``.
+    """
+    return forward_kinematics(*local_pose(features), offsets, parents)

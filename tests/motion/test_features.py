@@ -75,7 +75,27 @@ def test_numpy_in_numpy_out_torch_in_torch_out() -> None:
     np.testing.assert_allclose(as_torch.numpy(), as_numpy, atol=1e-4)
 
 
-@pytest.mark.parametrize("x", [np.zeros((0, 272)), np.zeros((3, 271)), np.full((3, 272), np.nan), np.zeros(272)])
+def test_a_batch_is_its_clips() -> None:
+    clips = np.stack([from_motion(*moving(7, seed), OFFSETS) for seed in range(3)])
+    for function in (joints_from_positions, lambda x: joints_from_rotations(x, OFFSETS), rotations_from_features):
+        together, alone = function(clips), [function(clip) for clip in clips]
+        for many, one in (
+            zip(together, zip(*alone, strict=True), strict=True) if isinstance(together, tuple) else [(together, alone)]
+        ):
+            np.testing.assert_allclose(many, np.stack(one), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.zeros((2, 0, 272)),
+        np.zeros((2, 3, 270)),
+        np.zeros((0, 272)),
+        np.zeros((3, 271)),
+        np.full((3, 272), np.nan),
+        np.zeros(272),
+    ],
+)
 def test_bad_features_are_refused(x: np.ndarray) -> None:
     with pytest.raises(UserError, match="expected"):
         joints_from_positions(x)
