@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kinetok.cli import evaluate_prompts
 from kinetok.cli.common import bar, example, few_threads_for_small_models, print_json
 
 RESULT, PAGE = Path("benchmarks/results/eval_default.json"), Path("docs/evaluation.md")
@@ -18,6 +19,7 @@ def register(app: typer.Typer) -> None:
         default
     )
     evaluate.command("page", epilog=example(f"kinetok evaluate page {RESULT} --page {PAGE}"))(page)
+    evaluate_prompts.register(evaluate)
     app.add_typer(evaluate, name="evaluate", epilog=example(DEFAULT))
 
 

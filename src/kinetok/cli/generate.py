@@ -1,28 +1,17 @@
 """``kinetok generate``."""
 
-import hashlib
-import importlib.util
-import json
 import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from kinetok.cli.clip_folder import FORMATS, ClipFolder, Job, manifest_digest, parse_formats
 from kinetok.cli.common import bar, example, few_threads_for_small_models, output_folder, print_json
-from kinetok.errors import UserError, missing_package
+from kinetok.errors import UserError
 
-FORMATS = {
-    "bvh": ("pybvh",),
-    "glb": ("pygltflib",),
-    "npz": (),
-    "npy": (),
-    "png": ("PIL",),
-    "mp4": ("PIL", "imageio_ffmpeg"),
-}
-"""Each format and the packages it needs."""
 DEFAULT_FORMATS = ["bvh,glb,npz,png"]
 INDEX = "index.json"
 
@@ -60,7 +49,7 @@ def generate(
     from kinetok.model.text import check_prompt, read_prompts
     from kinetok.runtime import SamplingParams, load
 
-    suffixes = _formats(formats)
+    suffixes = parse_formats(formats)
     params = SamplingParams(
         seconds=seconds,
         seed=seed,
@@ -76,11 +65,10 @@ def generate(
     if out.suffix.lower().lstrip(".") in FORMATS and not out.is_dir():
         raise UserError(f"--out: expected a folder, got the file name {out}; choose the kind of file with --format")
     model_folder = find_model(model)
-    folder = output_folder(out)
-    index = _read_index(folder / INDEX)
-    settings = {"model": model or "default", "manifest": _digest(model_folder / MANIFEST), **asdict(params)}
-    jobs = [(text, _stem(number, text), number) for number, text in enumerate(texts)]
-    todo = [job for job in jobs if not _done(folder, index.get(job[1]), job[0], settings, suffixes)]
+    settings = {"model": model or "default", "manifest": manifest_digest(model_folder / MANIFEST), **asdict(params)}
+    folder = ClipFolder(output_folder(out) / INDEX, settings, suffixes)
+    jobs = [Job(number, text) for number, text in enumerate(texts)]
+    todo = [job for job in jobs if not folder.done(job)]
     stages = {"start": time.perf_counter() - began, "load": 0.0, "generate": 0.0, "write": 0.0}
     within: Counter[str] = Counter()
     made = 0.0
@@ -90,95 +78,30 @@ def generate(
         few_threads_for_small_models(engine)
         stages["load"] = time.perf_counter() - mark
         with bar("generating", shown=not as_json) as update:
-            for done, (text, stem, number) in enumerate(todo):
+            for done, job in enumerate(todo):
                 mark = time.perf_counter()
                 # Each line is its own request with its own seed, so a line's clip does not depend on the lines before.
-                motion = engine.generate(text, params, seed=(seed + number) % 2**64)[0]
+                motion = engine.generate(job.text, params, seed=(seed + job.number) % 2**64)[0]
                 stages["generate"] += time.perf_counter() - mark
                 within.update(engine.timings)
                 mark = time.perf_counter()
-                files = [f"{stem}.{suffix}" for suffix in suffixes]
-                for name in files:
-                    motion.save(folder / name)
+                folder.add(job, motion, seed + job.number)
                 made += motion.duration
-                index[stem] = {
-                    "prompt": text,
-                    "settings": settings,
-                    "seed": seed + number,
-                    "frames": len(motion),
-                    "duration_s": round(motion.duration, 3),
-                    "files": files,
-                }
-                _write_index(folder / INDEX, index)
                 stages["write"] += time.perf_counter() - mark
-                update(done + 1, len(todo), text[:50])
-    entries = [{"name": stem, **index[stem]} for _, stem, _ in jobs]
+                update(done + 1, len(todo), job.text[:50])
+    entries = [{"name": job.stem, **folder.clips[job.stem]} for job in jobs]
     factor = made / stages["generate"] if made else None
     if as_json:
         print_json({"clips": entries, "stages_s": stages, "generate_s": within, "real_time_factor": factor})
         return
-    fresh = {stem for _, stem, _ in todo}
+    fresh = {job.stem for job in todo}
     for entry in entries:
         state = "wrote" if entry["name"] in fresh else "kept "
         print(f'{state} "{entry["prompt"]}"  {entry["duration_s"]} s')
         for name in entry["files"]:
-            print(f"      {folder / name}")
-    print(f"index {folder / INDEX}")
+            print(f"      {folder.path / name}")
+    print(f"index {folder.index}")
     print("time ", ", ".join(f"{stage} {spent:.2f} s" for stage, spent in stages.items()))
     if factor is not None:
         print("      of generate:", ", ".join(f"{stage} {spent:.2f} s" for stage, spent in within.items()))
         print(f"real-time factor {factor:.1f} ({made:.1f} s of motion in {stages['generate']:.2f} s)")
-
-
-def _formats(texts: list[str]) -> list[str]:
-    suffixes = [part.strip().lstrip(".").lower() for text in texts for part in text.split(",") if part.strip()]
-    unknown = [suffix for suffix in suffixes if suffix not in FORMATS]
-    if unknown or not suffixes:
-        raise UserError(f"--format: expected some of {', '.join(FORMATS)}, got {','.join(texts)!r}")
-    for suffix in suffixes:
-        for package in FORMATS[suffix]:
-            # Before the model runs, not after.
-            if importlib.util.find_spec(package) is None:
-                raise missing_package(package, "files", f"writing .{suffix} (see --format)")
-    return list(dict.fromkeys(suffixes))
-
-
-def _digest(manifest: Path) -> str:
-    """Which model made a clip: its manifest names sizes, training run and files."""
-    try:
-        return hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
-    except OSError as error:
-        raise UserError(f"cannot read {manifest}: {error.strerror or error}") from error
-
-
-def _stem(number: int, text: str) -> str:
-    words = "-".join("".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split())[:40].strip("-")
-    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
-    return f"{number:03d}-{words or 'clip'}-{digest}"
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        clips = json.loads(path.read_text(encoding="utf-8"))["clips"]
-        return {str(stem): dict(entry) for stem, entry in clips.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: expected the index of an earlier run; move it away or name another folder") from error
-
-
-def _write_index(path: Path, index: dict[str, Any]) -> None:
-    from kinetok.files import whole_file
-
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps({"version": 1, "clips": index}, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def _done(folder: Path, entry: Any, text: str, settings: dict[str, Any], suffixes: list[str]) -> bool:
-    return (
-        entry is not None
-        and entry.get("prompt") == text
-        and entry.get("settings") == settings
-        and all(name.rpartition(".")[0] and (folder / name).exists() for name in entry.get("files", []))
-        and {name.rpartition(".")[2] for name in entry.get("files", [])} >= set(suffixes)
-    )
