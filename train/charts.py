@@ -6,7 +6,7 @@ from html import escape
 
 WIDTH, LEFT, RIGHT, TOP = 760, 190, 40, 64
 BAR, GAP, AXIS = 12, 12, 30
-COLOURS = ("#31688e", "#8fc1d9", "#b8b8b8", "#d9a441", "#6b4c8a")
+COLOURS = ("#4c8bb5", "#a9d3e6", "#c8c8c8", "#d9a441", "#6b4c8a")
 TICK = "#111111"
 
 
@@ -63,7 +63,7 @@ def bar_chart(title: str, series: Sequence[str], groups: Sequence[Group], most: 
                 top, centre = y + row * BAR, y + row * BAR + BAR / 2
                 width = float(x(bar.value)) - LEFT
                 parts.append(f'<rect x="{LEFT}" y="{top}" width="{width:.1f}" height="{BAR - 2}" fill="{colour}"/>')
-                parts.append(f'<path d="M{x(bar.low)} {centre - 1:.1f}H{x(bar.high)}" stroke="#444444"/>')
+                parts.append(f'<path d="M{x(bar.low)} {centre - 1:.1f}H{x(bar.high)}" stroke="{TICK}" stroke-width="1.5"/>')
         if group.mark is not None:
             line = f'<path d="M{x(group.mark)} {y - 2}V{y + len(group.bars) * BAR}" stroke="{TICK}" stroke-width="2"/>'
             parts.append(line)

@@ -205,11 +205,11 @@ def evaluate(
     rows = [
         Row(name="real", title="real test clips", captions=own, pick=lambda i, text, rng: real[i]),
         Row(name="train", title="real training clips", captions=other, pick=lambda i, text, rng: known[i]),
-        Row(name="tokenizer", title="tokenizer, test clips there and back", captions=own,
+        Row(name="tokenizer", title="tokenizer reconstruction", captions=own,
             pick=lambda i, text, rng: rebuilt[i]),
         Row(name="model", title="model", captions=own, pick=lambda i, text, rng: _any(made[text], rng),
             several=np.array([[sample.embedding for sample in made[text]] for text in texts])),
-        Row(name="retrieval", title="nearest training caption's clip", captions=own,
+        Row(name="retrieval", title="nearest training caption", captions=own,
             pick=lambda i, text, rng: known[_any(nearest[text], rng)]),
     ]  # fmt: skip
     words = {text: evaluator.embed_text(text) for text in sorted({t for part in (own, other) for c in part for t in c})}
