@@ -19,7 +19,7 @@ from kinetok.train import metrics
 from kinetok.train.clip_cache import CachedEngine
 from kinetok.train.data.store import Clip
 from kinetok.train.evaluator import SmallEvaluator
-from kinetok.train.probes import PROBES, Probe, measure
+from kinetok.train.probes import PROBES, SECONDS, Probe, measure
 from kinetok.train.provenance import commit, machine
 from kinetok.train.reconstruction import reconstruct
 
@@ -47,7 +47,6 @@ class Settings:
     seconds: float | None = None
     most_clips: int | None = None
     probe_seeds: int = 32
-    probe_seconds: float = 6.0
     probes: tuple[Probe, ...] = field(default=PROBES, repr=False)
     paraphrases: bool = True
 
@@ -55,7 +54,7 @@ class Settings:
 def quick() -> Settings:
     """A minute's smoke run: its figures mean nothing."""
     return Settings(
-        repeats=5, samples=2, pairs=1, pool=8, seconds=1.0, most_clips=12, probe_seeds=1, probe_seconds=1.0,
+        repeats=5, samples=2, pairs=1, pool=8, seconds=1.0, most_clips=12, probe_seeds=1,
         probes=PROBES[:2], paraphrases=False,
     )  # fmt: skip
 
@@ -226,7 +225,7 @@ def evaluate(
         "machine": machine(),
         "model": _about(engine, cached.digest),
         "evaluator": evaluator.metadata["provenance"],
-        "settings": {name: value for name, value in asdict(chosen).items() if name != "probes"},
+        "settings": _plain(chosen),
         "data": {
             "test_clips": len(held_out),
             "test_captions": len(texts),
@@ -343,6 +342,11 @@ def _with_interval(row: Mapping[str, Any]) -> dict[str, Any]:
     counts = {name: row[name] for name in ("passed", "paraphrases", "train", "held_out")}
     rates = {f"{name}_rate": None if c is None else asdict(metrics.rate(*c)) for name, c in counts.items()}
     return {**row, **{name: None if c is None else list(c) for name, c in counts.items()}, **rates}
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    values = {name: value for name, value in asdict(settings).items() if name != "probes"}
+    return {**values, "probe_seconds": SECONDS}
 
 
 def _about(engine: Engine, digest: str) -> dict[str, Any]:

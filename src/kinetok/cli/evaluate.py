@@ -35,7 +35,7 @@ def default(
 ) -> None:
     """Measure a model on held-out subjects and by the physical probes; an interrupted run goes on where it stopped.
 
-    About half an hour on one core for the default model.
+    With its settings the default model makes some 4,000 clips.
     """
     from kinetok.runtime import load
     from kinetok.train.data.store import read_clips
