@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.kernels.linear import reference
-from kinetok.kernels.linear.packing import FLOATS, PackedWeight
+from kinetok.kernels.linear.packing import PackedWeight
 from kinetok.kernels.ops import kernel_op, takes_op
 
 # The counters are zero again when the kernel ends, so they are not declared as changed.
@@ -48,8 +48,7 @@ def linear(
     """
     if x.ndim != 2 or x.shape[1] != weight.columns:
         raise UserError(f"expected x [B, {weight.columns}], got {list(x.shape)}")
-    if x.dtype not in FLOATS.values() or x.dtype != FLOATS.get(weight.kind, x.dtype):
-        raise UserError(f"x: expected {FLOATS.get(weight.kind, 'a float dtype')}, got {x.dtype}")
+    weight.check_dtype(x)
     if swiglu and not weight.paired:
         raise UserError("swiglu: expected a weight packed with paired=True")
     columns = weight.rows // 2 if swiglu else weight.rows

@@ -10,21 +10,24 @@ from kinetok.errors import UserError
 ROWS = 64  # of a tile: the fewest that a Hopper matrix instruction (wgmma) takes
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+ZERO = {"int8": 128, "int4": 8}  # what a stored 0 stands for, negated
 GROUPS = {"int8": (0, 64, 128), "int4": (64, 128)}
 PROGRAMS = 256  # about two on each multiprocessor of the largest GPUs
 LEAST_TILES = 4  # along K for one program: fewer do not fill its pipeline
-BATCH = 256  # rows of one launch
+BATCH = 256  # rows of x in one launch
+LEAST_BATCH_TILE = 32  # of those a program takes where there are more than one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PackedWeight:
     """A weight ``[rows, columns]`` as tiles of 64 rows that lie in memory one after the other.
 
-    data ``[row tiles, column tiles, 64, width]`` holds ``width`` numbers (int4: pairs, as unsigned bytes) of each row;
-    rows and columns are padded with zeros to whole tiles, rows to a multiple of 128. int4 keeps q + 8, the first half of
-    a tile's columns in the low nibbles. scale is fp32 ``[padded rows]``, or bf16 ``[row tiles, groups, 64]`` where ``group``
-    columns share one. paired: gate and up rows alternate. counters are zero between products: the programs that share a
-    tile's sum count themselves there, so two streams must not multiply by one packed weight at the same time.
+    data ``[row tiles, column tiles, 64, words]`` holds ``tile_columns`` numbers of each row; rows and columns are padded with
+    zeros to whole tiles, rows to a multiple of 128. Quantised numbers are int32 words of four bytes (int8: q + 128, fp8:
+    its bits) or eight nibbles (int4: q + 8): the lowest of each word are the tile's first columns, and so on.
+    scale is fp32 ``[padded rows]``, or bf16 ``[row tiles, groups, 64]`` where ``group`` columns share one. paired: gate
+    and up rows alternate. counters are zero between products: the programs that share a tile's sum count themselves
+    there, so two streams must not multiply by one packed weight at the same time.
     """
 
     kind: str
@@ -41,6 +44,11 @@ class PackedWeight:
         """Bytes that a product reads: padding included, counters not."""
         return self.data.nbytes + (self.scale.nbytes if self.scale is not None else 0)
 
+    def check_dtype(self, x: Tensor) -> None:
+        """Raises ``UserError`` where ``x`` cannot be multiplied: a float kind takes its own dtype, others any float."""
+        if x.dtype not in FLOATS.values() or x.dtype != FLOATS.get(self.kind, x.dtype):
+            raise UserError(f"x: expected {FLOATS.get(self.kind, 'a float dtype')}, got {x.dtype}")
+
     def to(self, device: torch.device) -> "PackedWeight":
         return PackedWeight(
             kind=self.kind,
@@ -54,19 +62,17 @@ class PackedWeight:
         )
 
 
-def tile_columns(kind: str, group: int) -> int:
-    """Columns of a tile: 16-byte loads, and whole groups (two of them for int4, one a nibble)."""
-    if kind == "int4":
-        return 2 * group
-    return group or (64 if kind == "fp32" else 128)
+def tile_columns(kind: str) -> int:
+    """Columns of a tile: 128 bytes or more of each row, and whole groups."""
+    return {"fp32": 64, "int4": 256}.get(kind, 128)
 
 
-def split_k(rows: int, columns: int, kind: str, group: int = 0) -> int:
+def split_k(rows: int, columns: int, kind: str) -> int:
     """Into how many parts a product's sums along K are cut.
 
     Chosen by the weight's shape and kind alone, never by the batch, so a row's bits do not depend on the other rows.
     """
-    row_tiles, column_tiles = 2 * -(-rows // (2 * ROWS)), -(-columns // tile_columns(kind, group))
+    row_tiles, column_tiles = 2 * -(-rows // (2 * ROWS)), -(-columns // tile_columns(kind))
     split = 1
     while row_tiles * split < PROGRAMS and column_tiles // (2 * split) >= LEAST_TILES:
         split *= 2
@@ -100,7 +106,7 @@ def pack(
         raise UserError("expected finite weights, got NaN or infinity")
     if paired:
         wide = wide.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
-    width = tile_columns(kind, group)
+    width = tile_columns(kind)
     wide = torch.nn.functional.pad(wide, (0, -columns % width, 0, -rows % (2 * ROWS)))
     scale = None
     if kind in FLOATS:
@@ -108,10 +114,8 @@ def pack(
     else:
         numbers, scale = _quantise(wide, kind, group)
     tiles = numbers.unflatten(1, (-1, width)).unflatten(0, (-1, ROWS)).transpose(1, 2)
-    if kind == "int4":
-        low, high = (tiles + 8).to(torch.uint8).chunk(2, dim=-1)
-        tiles = low | high << 4
     if scale is not None:
+        tiles = _words(tiles, kind)
         scale = scale.unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous() if group else scale[:, 0].contiguous()
     return PackedWeight(
         kind=kind,
@@ -121,12 +125,12 @@ def pack(
         paired=paired,
         data=tiles.contiguous(),
         scale=scale,
-        counters=torch.zeros(len(tiles) * -(-BATCH // ROWS), dtype=torch.int32, device=weight.device),
+        counters=torch.zeros(len(tiles) * (BATCH // LEAST_BATCH_TILE), dtype=torch.int32, device=weight.device),
     )
 
 
 def _quantise(wide: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
-    """Numbers ``[N, K]`` (fp8 as its bytes) and scales ``[N, groups]`` of fp32 weights."""
+    """Stored numbers (unsigned bytes) ``[N, K]`` and scales ``[N, groups]`` of fp32 weights."""
     groups = wide.unflatten(1, (-1, group or wide.shape[1]))
     scale = groups.abs().amax(2) / LARGEST[kind]
     if group:
@@ -135,7 +139,17 @@ def _quantise(wide: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
     ratio = (groups / scale.float()[..., None]).clamp(-LARGEST[kind], LARGEST[kind]).flatten(1)
     if kind == "fp8":
         return ratio.to(torch.float8_e4m3fn).view(torch.uint8), scale
-    return ratio.round().to(torch.int8), scale
+    return (ratio.round() + ZERO[kind]).to(torch.uint8), scale
+
+
+def _words(numbers: Tensor, kind: str) -> Tensor:
+    """int32 words ``[..., W / 4 or 8]`` of stored numbers ``[..., W]``."""
+    if kind == "int4":
+        even, odd = numbers.unflatten(-1, (4, 2, -1)).unbind(-2)
+        lanes = even | odd << 4
+    else:
+        lanes = numbers.unflatten(-1, (4, -1))
+    return lanes.transpose(-1, -2).contiguous().view(torch.int32).squeeze(-1)
 
 
 def unpack(packed: PackedWeight) -> Tensor:
@@ -146,12 +160,14 @@ def unpack(packed: PackedWeight) -> Tensor:
 
 def dequantise(data: Tensor, scale: Tensor | None, kind: str, group: int) -> Tensor:
     """fp32 ``[padded rows, padded columns]`` of ``PackedWeight.data`` and ``scale``, paired rows left as they lie."""
-    if kind == "int4":
-        numbers = torch.cat((data & 15, data >> 4), dim=-1).float() - 8
-    elif kind == "fp8":
-        numbers = data.view(torch.float8_e4m3fn).float()
-    else:
+    if scale is None:
         numbers = data.float()
+    else:
+        lanes = data[..., None].view(torch.uint8).transpose(-1, -2)
+        if kind == "int4":
+            lanes = torch.stack((lanes & 15, lanes >> 4), dim=-2)
+        stored = lanes.flatten(3)
+        numbers = stored.view(torch.float8_e4m3fn).float() if kind == "fp8" else stored.float() - ZERO[kind]
     weight = numbers.transpose(1, 2).flatten(2).flatten(0, 1)
     if scale is None:
         return weight

@@ -10,7 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kinetok.kernels.aot import AotCase
-from kinetok.kernels.linear.packing import BATCH, ROWS, split_k, tile_columns
+from kinetok.kernels.linear.packing import BATCH, LEAST_BATCH_TILE, ROWS, split_k, tile_columns
+
+QUANTUM = tl.constexpr(2.0**22)
+# Whether a product and a sum become one instruction must not depend on the size of the batch: said by tl.fma alone.
+EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -21,22 +25,42 @@ def _halve(x):
 
 
 @triton.jit
-def _sum_columns(x):
-    """Row sums of ``x [B, 64 or 128]`` as a fixed tree."""
-    if x.shape[1] == 128:
-        x = _halve(x)
-    x = _halve(_halve(_halve(_halve(_halve(_halve(x))))))
-    return tl.reshape(x, (x.shape[0],))
+def _squares(x):
+    """Squares of ``x [B, W]`` in sums of eight neighbours ``[B, W / 8]``, fp32."""
+    x = x.to(tl.float32)
+    return _halve(_halve(_halve(x * x)))
 
 
 @triton.jit
-def _number(raw, dtype: tl.constexpr, KIND: tl.constexpr):
-    """Stored numbers in ``dtype``, without their scale; exact. fp8 as 2^-8 of its value: its bits in fp16's places."""
-    if KIND == "fp8":  # by hand, as Ampere lacks the conversion
-        bits = raw.to(tl.int16)
-        raw = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        return raw.to(tl.float32).to(dtype)
-    return raw.to(dtype)
+def _sum_columns(x):
+    """Row sums of ``x [B, 4, 8 or 16]`` as a fixed tree."""
+    if x.shape[1] == 16:
+        x = _halve(x)
+    if x.shape[1] == 8:
+        x = _halve(x)
+    return tl.reshape(_halve(_halve(x)), (x.shape[0],))
+
+
+@triton.jit
+def _number(words, LANE: tl.constexpr, dtype: tl.constexpr, KIND: tl.constexpr):
+    """One lane of the words in ``dtype``, without their scale: exact, from 2.5 instructions. int8 and int4 as 2^-22 of it.
+
+    Bits of a word in a float's low places are that whole number times 2^-149, which one multiply-add brings to 2^-22 and
+    centres, wherever the lane lies. Lanes beyond bit 23 are shifted down first.
+    """
+    if KIND == "int8" or KIND == "int4":
+        SIZE: tl.constexpr = 8 if KIND == "int8" else 4
+        AT: tl.constexpr = LANE * SIZE % 24
+        bits = (words if LANE * SIZE < 24 else words >> 24) & ((1 << SIZE) - 1 << AT)
+        unit = tl.full(words.shape, 2.0 ** (127 - AT), tl.float32)
+        zero = tl.full(words.shape, -(2.0 ** (SIZE - 23)), tl.float32)
+        return tl.fma(bits.to(tl.float32, bitcast=True), unit, zero).to(dtype)
+    elif KIND == "fp8":  # by hand, as Ampere lacks the conversion: its bits in a float's places are 2^-120 of it
+        sign = (words << (24 - 8 * LANE)) & -2147483648
+        rest = (words << (20 - 8 * LANE) if LANE < 3 else words >> 4) & 0x07F00000
+        return ((sign | rest).to(tl.float32, bitcast=True) * 1.329227995784916e36).to(dtype)
+    else:
+        return words
 
 
 @triton.jit
@@ -64,7 +88,8 @@ def product(
     ROWS: tl.constexpr = 64
     TILES: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
     SHARE: tl.constexpr = (TILES + SPLIT - 1) // SPLIT
-    STORED: tl.constexpr = WIDTH // 2 if KIND == "int4" else WIDTH
+    LANES: tl.constexpr = 8 if KIND == "int4" else 4 if KIND == "int8" or KIND == "fp8" else 1
+    STORED: tl.constexpr = WIDTH // LANES
     part, tile = tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row, at = tl.arange(0, ROWS), tl.arange(0, STORED)
@@ -72,28 +97,23 @@ def product(
     data = data_ptr + tile.to(tl.int64) * (TILES * ROWS * STORED) + (row[:, None] * STORED + at[None, :])
     x_row = x_ptr + b[:, None].to(tl.int64) * x_stride
     total = tl.zeros([ROWS, BATCH_TILE], tl.float32)
-    squares = tl.zeros([BATCH_TILE, STORED], tl.float32)
+    squares = tl.zeros([BATCH_TILE, STORED // 8], tl.float32)
     for step in tl.range(part * SHARE, tl.minimum(part * SHARE + SHARE, TILES), num_stages=STAGES):
-        raw = tl.load(data + step * (ROWS * STORED), eviction_policy="evict_first")
-        k = step * WIDTH + at
-        x = tl.load(x_row + k[None, :], mask=(b[:, None] < batch) & (k[None, :] < COLUMNS), other=0.0)
-        if NORMALISE:
-            squares += x.to(tl.float32) * x.to(tl.float32)
-        if KIND == "int4":
-            k += STORED
-            high = tl.load(x_row + k[None, :], mask=(b[:, None] < batch) & (k[None, :] < COLUMNS), other=0.0)
+        words = tl.load(data + step * (ROWS * STORED), eviction_policy="evict_first")
+        sums = tl.zeros([ROWS, BATCH_TILE], tl.float32) if GROUP else total
+        for lane in tl.static_range(LANES):
+            k = step * WIDTH + lane * STORED + at
+            x = tl.load(x_row + k[None, :], mask=(b[:, None] < batch) & (k[None, :] < COLUMNS), other=0.0)
             if NORMALISE:
-                squares += high.to(tl.float32) * high.to(tl.float32)
-            scale = scale_ptr + (tile * (2 * TILES) + 2 * step) * ROWS + row
-            low_sum = tl.dot(((raw & 15).to(tl.int8) - 8).to(dtype), tl.trans(x))
-            total += low_sum * tl.load(scale).to(tl.float32)[:, None]
-            high_sum = tl.dot(((raw >> 4).to(tl.int8) - 8).to(dtype), tl.trans(high))
-            total += high_sum * tl.load(scale + ROWS).to(tl.float32)[:, None]
-        elif GROUP:
-            scale = tl.load(scale_ptr + (tile * TILES + step) * ROWS + row).to(tl.float32)
-            total += tl.dot(_number(raw, dtype, KIND), tl.trans(x), input_precision="ieee") * scale[:, None]
-        else:
-            total = tl.dot(_number(raw, dtype, KIND), tl.trans(x), total, input_precision="ieee")
+                squares += _squares(x)
+            sums = tl.dot(_number(words, lane, dtype, KIND), tl.trans(x), sums, input_precision="ieee")
+            if (lane + 1) * STORED % (GROUP or 1 << 30) == 0:
+                group = (tile * TILES + step) * (WIDTH // GROUP) + lane * STORED // GROUP
+                scale = tl.load(scale_ptr + group * ROWS + row).to(tl.float32) * QUANTUM
+                total = tl.fma(sums, tl.broadcast_to(scale[:, None], sums.shape), total)
+                sums = tl.zeros([ROWS, BATCH_TILE], tl.float32)
+        if not GROUP:
+            total = sums
     square = _sum_columns(squares)
     whole = True
     if SPLIT > 1:
@@ -130,9 +150,7 @@ def scaled(
     """The whole sums of ``product`` times the rows' scales and the factors of RMSNorm."""
     if (KIND == "int8" or KIND == "fp8") and not GROUP:
         scale = tl.load(scale_ptr + tl.program_id(2) * 64 + tl.arange(0, 64))
-        if KIND == "fp8":
-            scale *= 256.0
-        total *= scale[:, None]
+        total *= (scale * QUANTUM if KIND == "int8" else scale)[:, None]
     if NORMALISE:
         total *= tl.rsqrt(square / COLUMNS + eps)[None, :]
     return total
@@ -195,8 +213,9 @@ def linear_kernel(
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def batch_tile(batch: int) -> int:
-    return 16 if batch <= 16 else 32 if batch <= 32 else 64
+def batch_tile(batch: int, kind: str) -> int:
+    """Rows of x in one program: 16, 32 or (int4 would spill) 64. Fewer than 16 would take other matrix instructions."""
+    return min(max(triton.next_power_of_2(batch), 16), LEAST_BATCH_TILE if kind == "int4" else 64)
 
 
 def stages(tile: int) -> int:
@@ -233,7 +252,7 @@ def packed_linear(
     y = torch.empty((len(x), outputs), device=x.device, dtype=torch.float32 if wide else x.dtype)
     x = adjacent(x)
     added = x if residual is None else adjacent(residual)
-    split, tile = split_k(rows, x.shape[1], kind, group), batch_tile(len(x))
+    split, tile = split_k(rows, x.shape[1], kind), batch_tile(len(x), kind)
     partial = workspace(x, split, len(data), tile)
     for first in range(0, len(x), BATCH):
         some = x[first : first + BATCH]
@@ -253,7 +272,7 @@ def packed_linear(
             COLUMNS=x.shape[1],
             KIND=kind,
             GROUP=group,
-            WIDTH=tile_columns(kind, group),
+            WIDTH=tile_columns(kind),
             SPLIT=split,
             BATCH_TILE=tile,
             NORMALISE=eps is not None,
@@ -261,17 +280,18 @@ def packed_linear(
             HAS_RESIDUAL=residual is not None,
             STAGES=stages(tile),
             num_warps=4,
+            **EXACT,
         )
     return y
 
 
-TRITON_TYPE = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*i8", "int4": "*u8", "fp8": "*u8"}
+TRITON_TYPE = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", **dict.fromkeys(("int8", "int4", "fp8"), "*i32")}
 
 
 def _case(model: str, layer: str, outputs: int, columns: int, kind: str, group: int = 0, tile: int = 16) -> AotCase:
     swiglu = layer == "gate_up"
     rows = 2 * outputs if swiglu else outputs
-    split = split_k(rows, columns, kind, group)
+    split = split_k(rows, columns, kind)
     activation = TRITON_TYPE.get(kind if kind in ("fp32", "fp16") else "bf16")
     pointers = {
         "x_ptr": activation,
@@ -291,7 +311,7 @@ def _case(model: str, layer: str, outputs: int, columns: int, kind: str, group: 
             "COLUMNS": columns,
             "KIND": kind,
             "GROUP": group,
-            "WIDTH": tile_columns(kind, group),
+            "WIDTH": tile_columns(kind),
             "SPLIT": split,
             "BATCH_TILE": tile,
             "NORMALISE": layer in ("qkv", "gate_up", "head"),
@@ -300,7 +320,9 @@ def _case(model: str, layer: str, outputs: int, columns: int, kind: str, group: 
             "STAGES": stages(tile),
         },
         aligned=(*pointers, "x_stride", "residual_stride"),
+        options=EXACT,
         is_matmul=kind != "fp32",
+        warpgroup=kind != "fp32",
     )
 
 
@@ -314,7 +336,7 @@ def _aot() -> list[AotCase]:
     cases += [_case("7b", layer, *shape, "int4", 128) for layer, shape in layers["7b"].items()]
     cases += [_case("7b", "gate_up", *layers["7b"]["gate_up"], "bf16", tile=tile) for tile in (32, 64)]
     cases += [_case("7b", "down", *layers["7b"]["down"], kind, group) for kind, group in (("fp8", 0), ("int8", 128))]
-    cases += [_case("7b", "gate_up", *layers["7b"]["gate_up"], "int4", 64, 64)]
+    cases += [_case("7b", "gate_up", *layers["7b"]["gate_up"], "int4", 64, 32)]
     cases += [_case("3b", layer, *shape, "bf16") for layer, shape in layers["3b"].items()]
     cases += [
         _case("default", layer, *shape, kind) for layer, shape in layers["default"].items() for kind in ("fp32", "fp16")

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from kinetok.kernels.linear.reference import packed_linear
 from kinetok.kernels.sampling.arithmetic import LOG2_E, exp2_weight, log_fp32
 from kinetok.kernels.sampling.philox import MASK, philox
+from kinetok.kernels.sampling.state import ENDED, FAILED, FULL, RUNNING, TOP_P_BITS, share_of
 
 BLOCK = 4
-TOP_P_BITS = 16
 
 
 def guide(conditioned: Tensor, empty: Tensor, guidance: float) -> Tensor:
@@ -29,21 +30,24 @@ def gumbel(count: int, seed: Tensor, position: Tensor, request: Tensor) -> Tenso
     return -log_fp32(-log_fp32(uniform))
 
 
-def _keep(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Which tokens of ``scaled [B, V]`` may be drawn; all that tie with the last one are kept."""
+def _keep(scaled: Tensor, top_k: Tensor, share: Tensor) -> Tensor:
+    """Which tokens of ``scaled [B, V]`` may be drawn; all that tie with the last one are kept.
+
+    top_k, share ``[B]`` or ``[1]``: share is top-p in 65536ths.
+    """
+    classes = scaled.shape[1]
     keep = scaled > -torch.inf
-    if 0 < top_k < scaled.shape[1]:
-        keep &= scaled >= scaled.topk(top_k, dim=1).values[:, -1:]
-    if top_p < 1:
-        kept = scaled.where(keep, -torch.inf)
-        weights = exp2_weight((kept - kept.amax(1, keepdim=True)) * LOG2_E)
-        falling = weights.sort(dim=1, descending=True).values
-        totals = falling.cumsum(1)
-        share = max(1, round(top_p * 2**TOP_P_BITS))
-        needed = (totals[:, -1:] * share + (2**TOP_P_BITS - 1)) >> TOP_P_BITS
-        last = (totals < needed).sum(1, keepdim=True)
-        keep &= weights >= falling.gather(1, last)
-    return keep
+    cut = ((top_k > 0) & (top_k < classes))[:, None]
+    falling = scaled.sort(dim=1, descending=True).values
+    place = (top_k - 1).clamp(0, classes - 1).long()[:, None].expand(len(scaled), -1)
+    keep &= ~cut | (scaled >= falling.gather(1, place))
+    kept = scaled.where(keep, -torch.inf)
+    weights = exp2_weight((kept - kept.amax(1, keepdim=True)) * LOG2_E)
+    falling = weights.sort(dim=1, descending=True).values
+    totals = falling.cumsum(1)
+    needed = (totals[:, -1:] * share[:, None] + (2**TOP_P_BITS - 1)) >> TOP_P_BITS
+    last = (totals < needed).sum(1, keepdim=True).clamp(max=classes - 1)
+    return keep & ((share[:, None] == 2**TOP_P_BITS) | (weights >= falling.gather(1, last)))
 
 
 def sample(
@@ -80,4 +84,75 @@ def draw(
         return logits.argmax(1)
     scaled = logits * torch.tensor(1.0 / temperature, dtype=torch.float32).item()
     assert noise is not None, "sampling needs noise"
-    return (scaled + noise).where(_keep(scaled, top_k, top_p), -torch.inf).argmax(1)
+    scores = scaled + noise
+    if top_k or top_p < 1:
+        share = torch.tensor([share_of(top_p)], device=logits.device)
+        scores = scores.where(_keep(scaled, torch.tensor([top_k], device=logits.device), share), -torch.inf)
+    return scores.argmax(1)
+
+
+def sample_step(
+    logits: Tensor,
+    empty: Tensor | None,
+    seed: Tensor,
+    request: Tensor,
+    position: Tensor,
+    least: Tensor,
+    remaining: Tensor,
+    status: Tensor,
+    inverse_temperature: Tensor,
+    top_k: Tensor,
+    share: Tensor,
+    guidance: Tensor,
+    end_id: int,
+    pad_id: int,
+) -> Tensor:
+    """The next token ``[B]`` of each row of ``logits [B, V]``; see the public ``sample_step``."""
+    scores = logits.float()
+    if empty is not None:
+        scores = torch.where(guidance[:, None] == 1, scores, guide(scores, empty, guidance[:, None]))
+    ids = torch.arange(scores.shape[1], device=scores.device)
+    banned = ((ids == end_id) & (position < least)[:, None]) | (ids == pad_id)
+    scores = scores.masked_fill(banned, -torch.inf)
+    good = scores.amax(1).isfinite()
+    sampled = inverse_temperature[:, None] > 0
+    scaled = torch.where(sampled, scores * inverse_temperature[:, None], scores)
+    noisy = (scaled + gumbel(scores.shape[1], seed, position, request)).where(_keep(scaled, top_k, share), -torch.inf)
+    token = torch.where(sampled, noisy, scaled).argmax(1)
+    return _advance(token, good, position, remaining, status, end_id)
+
+
+def _advance(token: Tensor, good: Tensor, position: Tensor, remaining: Tensor, status: Tensor, end_id: int) -> Tensor:
+    """``token [B]``, the end token for rows that are not running or not good; moves the state on."""
+    running = status == RUNNING
+    token = torch.where(running & good, token, end_id)
+    moved = (token != end_id).long()
+    position += moved
+    remaining -= moved
+    after = torch.where(moved == 0, ENDED, torch.where(remaining == 0, FULL, RUNNING))
+    status.copy_(torch.where(running, torch.where(good, after, FAILED), status))
+    return token
+
+
+def greedy_step(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor | None,
+    counters: Tensor,
+    kind: str,
+    group: int,
+    rows: int,
+    eps: float | None,
+    position: Tensor,
+    least: Tensor,
+    remaining: Tensor,
+    status: Tensor,
+    end_id: int,
+    pad_id: int,
+) -> Tensor:
+    """The arg-max token ``[B]`` of the head's logits for ``x [B, d]``; see the public ``greedy_step``."""
+    scores = packed_linear(x, data, scale, counters, kind, group, rows, eps, None, False, True)
+    ids = torch.arange(rows, device=x.device)
+    banned = ((ids == end_id) & (position < least)[:, None]) | (ids == pad_id)
+    scores = scores.masked_fill(banned, -torch.inf)
+    return _advance(scores.argmax(1), scores.amax(1).isfinite(), position, remaining, status, end_id)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kinetok.kernels.sampling import exp2_weight, guide, gumbel, log_fp32, philox, sample
+from kinetok.errors import UserError
+from kinetok.kernels.linear import linear, pack
+from kinetok.kernels.sampling import (
+    Draw,
+    SamplingState,
+    exp2_weight,
+    greedy_step,
+    guide,
+    gumbel,
+    log_fp32,
+    philox,
+    sample,
+    sample_step,
+)
 from kinetok.kernels.sampling.arithmetic import EXP2, LN2_HIGH, LN2_LOW, LOG, LOG2_E
 
 DOC = Path(__file__).parents[2] / "docs" / "numerics.md"
@@ -192,3 +206,185 @@ def test_vectors_in_the_document() -> None:
         noise = gumbel(int(token) + 1, *one(seed_, int(position), int(request)))[0, -1]
         assert f"{int(noise.view(torch.int32)) & 0xFFFFFFFF:08x}" == bits
         assert float(scalar_gumbel(int(token), int(seed), int(position), int(request))) == float(noise)
+
+
+STATE = [field.name for field in fields(SamplingState)]
+
+
+def names_of(state: SamplingState) -> dict[str, torch.Tensor]:
+    return {name: getattr(state, name).clone() for name in STATE}
+
+
+def sampled(kernels, logits, state: SamplingState, end: int, pad: int = -1, empty=None) -> torch.Tensor:
+    return kernels.sample_step(logits, empty, **{name: getattr(state, name) for name in STATE}, end_id=end, pad_id=pad)
+
+
+DRAWS = [
+    Draw(most=9, seed=1),
+    Draw(most=9, seed=2**64 - 1, request=2**32 - 1, temperature=0.7),
+    Draw(most=9, seed=3, top_k=3),
+    Draw(most=9, seed=4, top_p=0.5, temperature=1.3),
+    Draw(most=9, seed=5, top_k=20, top_p=0.9),
+    Draw(most=9, temperature=0),
+    Draw(most=9, seed=6, top_p=1e-4),
+    Draw(most=9, seed=7, top_k=10**6),
+]
+
+
+def logits_of(classes: int, kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(len(DRAWS), classes, generator=generator) * 4
+    if kind == "ties":
+        return logits.round() * torch.tensor([1.0, 0.0, -0.0])[torch.randint(3, logits.shape, generator=generator)]
+    if kind == "one":
+        alone = torch.full_like(logits, -torch.inf)
+        alone[:, classes // 2] = logits[:, 0]
+        return alone
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("classes", "kind"),
+    [(5, "random"), (5, "ties"), (5, "one"), (1001, "random"), (1001, "ties"), (4097, "random"), (4097, "one")],
+)
+def test_steps_are_the_tokens_of_single_draws(launcher, device, classes: int, kind: str) -> None:
+    kernels = launcher("sampling")
+    logits = logits_of(classes, kind)
+    wanted = [
+        sample(
+            logits[row : row + 1],
+            seed=torch.tensor([draw.seed - (draw.seed >> 63 << 64)]),
+            position=torch.tensor([0]),
+            request=torch.tensor([draw.request]),
+            temperature=draw.temperature,
+            top_k=draw.top_k,
+            top_p=draw.top_p,
+        )
+        for row, draw in enumerate(DRAWS)
+    ]
+    state = SamplingState.start(DRAWS)
+    assert torch.equal(sample_step(logits, state, end_id=-1), torch.cat(wanted))
+    state = SamplingState.start(DRAWS, device)
+    assert torch.equal(sampled(kernels, logits.to(device), state, -1).cpu(), torch.cat(wanted))
+
+
+def test_steps_with_guidance_bans_and_ends(launcher, device) -> None:
+    kernels = launcher("sampling")
+    draws = [replace(draw, least=1, most=2, guidance=(1.0, 2.5)[row % 2]) for row, draw in enumerate(DRAWS[1:6])]
+    mine, theirs = SamplingState.start(draws, device), SamplingState.start(draws)
+    ended = full = 0
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        logits, empty = (torch.randn(len(draws), 7, generator=generator).bfloat16() * 2 for _ in range(2))
+        logits[:, 5] += 1.5  # the end, likely
+        logits[:, 6] = 90  # a pad row, which nobody may draw
+        wanted = sample_step(logits, theirs, end_id=5, pad_id=6, empty=empty)
+        wide = logits.to(device).repeat(1, 2)[:, :7]  # a stride that is not its width
+        assert torch.equal(sampled(kernels, wide, mine, 5, 6, empty.to(device)).cpu(), wanted)
+        for name in STATE:
+            assert torch.equal(getattr(mine, name).cpu(), getattr(theirs, name)), name
+        assert (wanted < 6).all() and (step >= 1 or (wanted != 5).all())
+        ended, full = int((theirs.status == 1).sum()), int((theirs.status == 2).sum())
+    assert ended and full and ended + full == len(draws) and (wanted == 5).all()
+    assert torch.equal(theirs.position + theirs.remaining, torch.full((len(draws),), 2))
+
+
+def test_rows_without_numbers_fail_alone(launcher, device) -> None:
+    kernels = launcher("sampling")
+    draws = [Draw(most=3, top_p=0.9)] * 4 + [Draw(most=3, temperature=0)] * 2
+    logits = torch.randn(6, 9)
+    logits[0, 3], logits[1], logits[2, 8], logits[4, 1] = torch.nan, -torch.inf, torch.inf, torch.nan
+    mine, theirs = SamplingState.start(draws, device), SamplingState.start(draws)
+    wanted = sample_step(logits, theirs, end_id=4)
+    assert torch.equal(sampled(kernels, logits.to(device), mine, 4).cpu(), wanted)
+    assert theirs.status[[0, 1, 2, 4]].tolist() == [3] * 4 and wanted[[0, 1, 2, 4]].tolist() == [4] * 4
+    assert torch.equal(mine.status.cpu(), theirs.status) and torch.equal(mine.position.cpu(), theirs.position)
+
+
+def test_a_row_is_drawn_alike_in_a_crowd(launcher, device) -> None:
+    kernels = launcher("sampling")
+    logits = logits_of(101, "random").to(device)
+    crowd = sampled(kernels, logits, SamplingState.start(DRAWS, device), -1)
+    for row in (1, 4, 5):
+        alone = sampled(kernels, logits[row : row + 1], SamplingState.start(DRAWS[row : row + 1], device), -1)
+        assert torch.equal(crowd[row : row + 1], alone)
+
+
+@pytest.mark.parametrize(("kind", "columns"), [("fp32", 40), ("int8", 1100)])
+def test_greedy_steps_are_the_arg_max_of_the_head(launcher, device, kind: str, columns: int) -> None:
+    kernels = launcher("sampling")
+    weight = torch.randn(70, columns, generator=torch.Generator().manual_seed(1))
+    weight[66] = weight[3] = weight[20]  # equals, in two tiles
+    head = pack(weight, kind).to(device)
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    x = torch.randn(6, columns, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x[0] = 3 * weight[3]
+    x[1], x[2] = 3 * weight[9], 3 * weight[68]  # the end and the pad row would win
+    x[4, 5] = torch.nan
+    draws = [Draw(most=2, least=1)] * 5 + [Draw(most=1)]
+    mine, theirs = SamplingState.start(draws, device), SamplingState.start(draws)
+    fixed = head.data, head.scale, head.counters, head.kind, head.group, head.rows
+    for step in range(2):
+        wanted = greedy_step(x, head.to(torch.device("cpu")), theirs, end_id=9, pad_id=68, eps=1e-5)
+        live = mine.position, mine.least, mine.remaining, mine.status
+        assert torch.equal(kernels.greedy_step(x.to(device), *fixed, 1e-5, *live, 9, 68).cpu(), wanted)
+        assert torch.equal(mine.status.cpu(), theirs.status) and torch.equal(mine.position.cpu(), theirs.position)
+        assert wanted[0] == 3 and (wanted[1] == 9) == (step == 1) and wanted[2] != 68
+    assert theirs.status.tolist() == [2, 1, 2, 2, 3, 2] and not head.counters.any()
+    logits = linear(x, head.to(torch.device("cpu")), eps=1e-5, wide=True)
+    logits[:, [9, 68]] = -torch.inf
+    assert int(logits[3].argmax()) == int(wanted[3])
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_operators_are_sound(guided: bool) -> None:
+    state = SamplingState.start(DRAWS[:3])
+    logits = torch.randn(3, 11)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        torch.ops.kinetok.sample_step.default,
+        (logits, logits.flip(1) if guided else None, *names_of(state).values(), 4, -1),
+        test_utils=checks,
+    )
+    head = pack(torch.randn(11, 8), "int8")
+    live = (state.position, state.least, state.remaining, state.status)
+    fixed = head.data, head.scale, head.counters, "int8", 0, 11
+    torch.library.opcheck(
+        torch.ops.kinetok.greedy_step.default, (torch.randn(3, 8), *fixed, 1e-5, *live, 4, -1), test_utils=checks
+    )
+
+
+def test_compile_and_export_keep_the_operators() -> None:
+    head = pack(torch.randn(11, 8), "fp32")
+
+    class Step(torch.nn.Module):
+        def forward(self, x: torch.Tensor, names: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            state = SamplingState(**names)
+            token = sample_step(linear(x, head), state, end_id=4)
+            return token, greedy_step(x, head, state, end_id=4)
+
+    x, module = torch.randn(3, 8), Step()
+    wanted = module(x, names_of(SamplingState.start(DRAWS[:3])))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    names = names_of(SamplingState.start(DRAWS[:3]))
+    assert all(torch.equal(a, b) for a, b in zip(compiled(x, names), wanted, strict=True))
+    assert names["position"].sum() > 0
+    program = torch.export.export(module, (x, names_of(SamplingState.start(DRAWS[:3]))))
+    targets = {node.target for node in program.graph.nodes}
+    assert {torch.ops.kinetok.sample_step.default, torch.ops.kinetok.greedy_step.default} <= targets
+    got = program.module()(x, names_of(SamplingState.start(DRAWS[:3])))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match="at least one token"):
+        SamplingState.start([Draw(most=0)])
+    state = SamplingState.start([Draw(most=1)])
+    with pytest.raises(UserError, match=r"logits \[1, V\]"):
+        sample_step(torch.zeros(2, 4), state, end_id=3)
+    with pytest.raises(UserError, match="empty"):
+        sample_step(torch.zeros(1, 4), state, end_id=3, empty=torch.zeros(1, 5))
+    with pytest.raises(UserError, match="unpaired"):
+        greedy_step(torch.zeros(1, 4), pack(torch.ones(4, 4), "fp32", paired=True), state, end_id=3)
+    with pytest.raises(UserError, match="bfloat16"):
+        greedy_step(torch.zeros(1, 4), pack(torch.ones(4, 4), "bf16"), state, end_id=3)
