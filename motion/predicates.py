@@ -131,5 +131,5 @@ def practices_karate(joints: ArrayLike) -> bool:
 
 def dribbles(joints: ArrayLike) -> bool:
     """A hand goes up and down at waist height, at least twice each way."""
-    # Dribbling clips have 4 reversals and more in 3 of 4; walking ones at most 3 in 95 of 100, as have all kicks.
+    # Three of four dribbling clips have 4 reversals and more; 95 of 100 walking clips and all kicks have 3 at most.
     return m.dribble_reversals(joints) >= 4
