@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from bench_decode import cpu_name
+sys.path.append(str(Path(__file__).parents[1]))
+
+from machine import cpu_name
 
 FIRST_CLIP = """
 import sys
