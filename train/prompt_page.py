@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -54,7 +54,12 @@ def scores(motion: Motion) -> dict[str, float]:
 
 def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Mean, median, least and greatest of each score over the clips; empty for none."""
-    measures = {"mean": np.mean, "median": np.median, "least": np.min, "greatest": np.max}
+    measures: dict[str, Callable[[list[float]], Any]] = {
+        "mean": np.mean,
+        "median": np.median,
+        "least": np.min,
+        "greatest": np.max,
+    }
     return {
         score: {name: float(measure([row[score] for row in rows])) for name, measure in measures.items()}
         for score in (SCORES if rows else ())
