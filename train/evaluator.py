@@ -129,7 +129,7 @@ def train(
 ) -> Path:
     """Train an evaluator; returns ``out``, which then holds ``evaluator.safetensors`` and ``evaluator.json``.
 
-    About 8 minutes for the mini recipe on one thread.
+    About 11 minutes for the mini recipe on one free thread.
     """
     chosen = evaluator_recipe(recipe)
     task = EvaluatorTask(chosen, read_clips(data), MiniLM(pooled_scale=POOLED_SCALE))

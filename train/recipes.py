@@ -128,7 +128,7 @@ def mini_evaluator() -> EvaluatorRecipe:
     """0.9 M parameters on MiniLM token states; held-out captions are matched best after about 400 steps."""
     return EvaluatorRecipe(
         model=EvaluatorConfig(latent_dim=128, num_layers=3, num_heads=4, ff_size=256, text_dim=384),
-        loop=LoopConfig(steps=500, lr=7e-4, weight_decay=0.05, ema=0.98, validate_every=50, save_every=50),
+        loop=LoopConfig(steps=800, lr=7e-4, weight_decay=0.05, ema=0.98, validate_every=50, save_every=50),
     )
 
 
