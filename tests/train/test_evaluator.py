@@ -118,9 +118,10 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
 
 
 def test_the_shipped_evaluator_is_the_recipe_and_small() -> None:
-    shipped = load_evaluator()
-    assert shipped.module.config == evaluator_recipe("mini").model
+    shipped, recipe = load_evaluator(), evaluator_recipe("mini")
     about = shipped.metadata["provenance"]
+    assert shipped.module.config == recipe.model
+    assert about["settings"]["loop"]["steps"] == recipe.loop.steps and about["seed"] == recipe.loop.seed
     assert {"recipe", "seed", "step", "commit"} <= set(about) and about["held_out"]["top1"] > 0.6
     folder = Path(__file__).parents[2] / "train" / "default"
     assert (folder / "evaluator.safetensors").stat().st_size <= 2e6
