@@ -10,9 +10,9 @@ from kinetok.errors import UserError
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog=example("kinetok convert walk.bvh walk.glb", "kinetok convert walk.npz walk.bvh --up Z"))(
-        convert
-    )
+    app.command(
+        epilog=example("kinetok convert walk.bvh walk.glb", "kinetok convert walk.npz walk.bvh --up Z --clean-feet")
+    )(convert)
 
 
 def convert(
@@ -20,6 +20,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The file to write: .bvh, .glb, .npz, .npy, .png or .mp4.")],
     up: Annotated[str | None, typer.Option(help="BVH only: the up axis, Y or Z.")] = None,
     scale: Annotated[float | None, typer.Option(help="BVH only: units a metre (100 for centimetres).")] = None,
+    clean: Annotated[bool, typer.Option("--clean-feet", help="Hold feet still where they stand on the floor.")] = False,
 ) -> None:
     """Turn one motion file into another; BVH files of other skeletons come in at 30 frames a second."""
     from kinetok.motion import Motion

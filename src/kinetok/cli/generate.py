@@ -41,12 +41,16 @@ def generate(
     model: Annotated[str | None, typer.Option(help="Model directory or hub id; the default model without.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    clean: Annotated[
+        bool, typer.Option("--clean-feet", help="Hold planted feet still; what that changed is printed and kept.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the index as JSON.")] = False,
 ) -> None:
     """Sentences to motion files. A clip that is already there with the same settings is kept, so a run can be resumed."""
     began = time.perf_counter()
     from kinetok.model.pretrained import MANIFEST, find_model
     from kinetok.model.text import check_prompt, read_prompts
+    from kinetok.motion.cleanup import clean_feet
     from kinetok.runtime import SamplingParams, load
 
     suffixes = parse_formats(formats)
@@ -66,6 +70,8 @@ def generate(
         raise UserError(f"--out: expected a folder, got the file name {out}; choose the kind of file with --format")
     model_folder = find_model(model)
     settings = {"model": model or "default", "manifest": manifest_digest(model_folder / MANIFEST), **asdict(params)}
+    if clean:
+        settings["clean_feet"] = True
     folder = ClipFolder(output_folder(out) / INDEX, settings, suffixes)
     jobs = [Job(number, text) for number, text in enumerate(texts)]
     todo = [job for job in jobs if not folder.done(job)]
@@ -85,7 +91,11 @@ def generate(
                 stages["generate"] += time.perf_counter() - mark
                 within.update(engine.timings)
                 mark = time.perf_counter()
-                folder.add(job, motion, seed + job.number)
+                changed = {}
+                if clean:
+                    motion, report = clean_feet(motion)
+                    changed = {"feet": {"line": str(report), **report.to_json()}}
+                folder.add(job, motion, seed + job.number, **changed)
                 made += motion.duration
                 stages["write"] += time.perf_counter() - mark
                 update(done + 1, len(todo), job.text[:50])
@@ -98,6 +108,8 @@ def generate(
     for entry in entries:
         state = "wrote" if entry["name"] in fresh else "kept "
         print(f'{state} "{entry["prompt"]}"  {entry["duration_s"]} s')
+        if clean:
+            print(f"      {entry['feet']['line']}")
         for name in entry["files"]:
             print(f"      {folder.path / name}")
     print(f"index {folder.index}")
