@@ -28,6 +28,12 @@ def convert(
     options = {name: value for name, value in (("up", up), ("scale", scale)) if value is not None}
     if options and target.suffix.lower() != ".bvh":
         raise UserError(f"--{next(iter(options))} is for .bvh files, but the target is {target.name}")
-    motion = Motion.load(source)
+    motion, report = Motion.load(source), None
+    if clean:
+        from kinetok.motion.cleanup import clean_feet
+
+        motion, report = clean_feet(motion)
     motion.save(target, **options)
     print(f"wrote {target}  ({len(motion)} frames, {motion.duration:.2f} s)")
+    if report is not None:
+        print(report)
