@@ -96,8 +96,9 @@ class TokenizerTask:
 
     def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
         recipe = self.recipe
-        frames = recipe.short_window if rng.random() < recipe.short_share else recipe.window
-        batch = recipe.batch * recipe.window // frames
+        lengths, shares = zip(*recipe.windows, strict=True)
+        frames = int(rng.choice(lengths, p=shares))
+        batch = recipe.frames // frames
         windows: list[Tensor] = []
         while len(windows) < batch:
             side = self.sides[rng.choice(len(self.sides), p=self.weights)][rng.integers(2)]
