@@ -7,6 +7,7 @@ transforms from the root to each is multiplied by pointer jumping: after k round
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -258,7 +259,7 @@ def pose_from_features(features: Tensor, offsets: Tensor, parents: Sequence[int]
     joints, steps, width = len(parents), features.shape[-2], features.shape[-1]
     features = features.contiguous()
     frames = features.numel() // width
-    new = {"device": features.device, "dtype": features.dtype}
+    new: dict[str, Any] = {"device": features.device, "dtype": features.dtype}
     positions = torch.empty((*features.shape[:-1], joints, 3), **new)
     rotations = torch.empty((*features.shape[:-1], joints, 3, 3), **new)
     if frames:
