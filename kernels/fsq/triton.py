@@ -200,7 +200,7 @@ WARPS = 8
 def _constants(levels: tuple[int, ...], *names: str) -> dict[str, tuple[float, ...]]:
     half, offset, shift, width, basis = level_constants(levels)
     known = {"half": half, "offset": offset, "shift": shift, "width": width, "basis": basis}
-    return {name: tuple(known[name]) for name in names}
+    return {name: tuple(known[name]) for name in names}  # type: ignore[arg-type]
 
 
 def _encode_meta(channels: int, levels: tuple[int, ...], project: bool) -> dict[str, object]:

@@ -305,7 +305,7 @@ def _case(model: str, layer: str, outputs: int, columns: int, kind: str, group: 
     return AotCase(
         name=f"linear_{model}_{layer}_{kind}{f'_g{group}' if group else ''}_b{tile}",
         kernel=linear_kernel,
-        signature={**pointers, **dict.fromkeys(("batch", "x_stride", "residual_stride"), "i32"), "eps": "fp32"},
+        signature={**pointers, **dict.fromkeys(("batch", "x_stride", "residual_stride"), "i32"), "eps": "fp32"},  # type: ignore[dict-item]
         constexprs={
             "OUTPUTS": outputs,
             "COLUMNS": columns,

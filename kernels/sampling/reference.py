@@ -110,7 +110,7 @@ def sample_step(
     """The next token ``[B]`` of each row of ``logits [B, V]``; see the public ``sample_step``."""
     scores = logits.float()
     if empty is not None:
-        scores = torch.where(guidance[:, None] == 1, scores, guide(scores, empty, guidance[:, None]))
+        scores = torch.where(guidance[:, None] == 1, scores, guide(scores, empty, guidance[:, None]))  # type: ignore[arg-type]
     ids = torch.arange(scores.shape[1], device=scores.device)
     banned = ((ids == end_id) & (position < least)[:, None]) | (ids == pad_id)
     scores = scores.masked_fill(banned, -torch.inf)
