@@ -63,7 +63,9 @@ def bar_chart(title: str, series: Sequence[str], groups: Sequence[Group], most: 
                 top, centre = y + row * BAR, y + row * BAR + BAR / 2
                 width = float(x(bar.value)) - LEFT
                 parts.append(f'<rect x="{LEFT}" y="{top}" width="{width:.1f}" height="{BAR - 2}" fill="{colour}"/>')
-                parts.append(f'<path d="M{x(bar.low)} {centre - 1:.1f}H{x(bar.high)}" stroke="{TICK}" stroke-width="1.5"/>')
+                parts.append(
+                    f'<path d="M{x(bar.low)} {centre - 1:.1f}H{x(bar.high)}" stroke="{TICK}" stroke-width="1.5"/>'
+                )
         if group.mark is not None:
             line = f'<path d="M{x(group.mark)} {y - 2}V{y + len(group.bars) * BAR}" stroke="{TICK}" stroke-width="2"/>'
             parts.append(line)
