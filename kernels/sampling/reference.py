@@ -11,7 +11,7 @@ from kinetok.kernels.sampling.state import ENDED, FAILED, FULL, RUNNING, TOP_P_B
 BLOCK = 4
 
 
-def guide(conditioned: Tensor, empty: Tensor, guidance: float) -> Tensor:
+def guide(conditioned: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor:
     """Classifier-free guidance in fp32, each operation rounded: empty + guidance * (conditioned - empty)."""
     return empty.float() + (conditioned.float() - empty.float()) * guidance
 
@@ -110,7 +110,7 @@ def sample_step(
     """The next token ``[B]`` of each row of ``logits [B, V]``; see the public ``sample_step``."""
     scores = logits.float()
     if empty is not None:
-        scores = torch.where(guidance[:, None] == 1, scores, guide(scores, empty, guidance[:, None]))  # type: ignore[arg-type]
+        scores = torch.where(guidance[:, None] == 1, scores, guide(scores, empty, guidance[:, None]))
     ids = torch.arange(scores.shape[1], device=scores.device)
     banned = ((ids == end_id) & (position < least)[:, None]) | (ids == pad_id)
     scores = scores.masked_fill(banned, -torch.inf)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kinetok.kernels.aot import AotCase
 from kinetok.kernels.linear.packing import BATCH, ROWS, split_k, tile_columns
-from kinetok.kernels.linear.triton import EXACT, TRITON_TYPE, adjacent, batch_tile, product, scaled, stages, workspace
+from kinetok.kernels.linear.triton import TRITON_TYPE, adjacent, batch_tile, options, product, scaled, stages, workspace
 from kinetok.kernels.sampling import arithmetic
 from kinetok.kernels.sampling.state import ENDED, FAILED, FULL, RUNNING
 
@@ -25,7 +25,8 @@ SCALE_BIAS = tl.constexpr(127 + arithmetic.WEIGHT_BITS)
 RUNNING_, ENDED_, FULL_, FAILED_ = (tl.constexpr(code) for code in (RUNNING, ENDED, FULL, FAILED))
 SHARES = tl.constexpr(65536)
 LAST_ID = tl.constexpr(2**31 - 1)
-PASS = 4096  # numbers of a row that a program takes at once: 16 bytes a thread
+EXACT = {"enable_fp_fusion": False}
+PASS = 4096  # numbers of a row that a program takes at once
 
 
 @triton.jit
@@ -309,6 +310,11 @@ def block(classes: int) -> int:
     return min(PASS, max(128, triton.next_power_of_2(classes)))
 
 
+def warps(size: int) -> int:
+    """Eight numbers a thread: with four the registers of the largest block would not do."""
+    return max(1, size // 256)
+
+
 def sample_step(
     logits: Tensor,
     empty: Tensor | None,
@@ -357,7 +363,7 @@ def sample_step(
             CLASSES=classes,
             BLOCK=size,
             HAS_EMPTY=empty is not None,
-            num_warps=size // 128,
+            num_warps=warps(size),
             **EXACT,
         )
     return token
@@ -411,8 +417,7 @@ def greedy_step(
             BATCH_TILE=tile,
             NORMALISE=eps is not None,
             STAGES=stages(tile),
-            num_warps=4,
-            **EXACT,
+            **options(tile),
         )
     if len(x):
         pick_kernel[(len(x),)](
@@ -445,7 +450,7 @@ def _sample_case(model: str, classes: int, guided: bool) -> AotCase:
         signature={**pointers, **dict.fromkeys(("logits_stride", "empty_stride", "end_id", "pad_id"), "i32")},
         constexprs={"CLASSES": classes, "BLOCK": block(classes), "HAS_EMPTY": guided},
         aligned=tuple(pointers),
-        num_warps=block(classes) // 128,
+        num_warps=warps(block(classes)),
         options=EXACT,
     )
 
@@ -480,7 +485,7 @@ def _head_case(model: str, rows: int, columns: int, kind: str) -> AotCase:
         aligned=(*pointers, "x_stride"),
         is_matmul=kind != "fp32",
         warpgroup=kind != "fp32",
-        options=EXACT,
+        options=options(16),
     )
 
 
@@ -502,9 +507,9 @@ def _pick_case(model: str, rows: int) -> AotCase:
 
 AOT = [
     *(_sample_case("7b", 64_001, guided) for guided in (False, True)),
-    _sample_case("default", 1002, True),
+    _sample_case("default", 4376, True),
     *(_head_case("7b", 64_001, 4096, kind) for kind in ("bf16", "int8")),
-    *(_head_case("default", 1002, 192, kind) for kind in ("fp32", "fp16")),
+    *(_head_case("default", 4376, 192, kind) for kind in ("fp32", "fp16")),
     _pick_case("7b", 64_001),
-    _pick_case("default", 1002),
+    _pick_case("default", 4376),
 ]

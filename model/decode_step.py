@@ -1,0 +1,90 @@
+"""One decode step from packed weights, without a word from the host."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kinetok.kernels.attention import decode_attention
+from kinetok.kernels.linear import PackedWeight, linear, pack
+from kinetok.kernels.rotary import rotary_kv_write
+from kinetok.kernels.sampling import SamplingState, greedy_step, sample_step
+from kinetok.model.decoder import MotionDecoder
+
+EPS = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layer:
+    qkv: PackedWeight
+    attn_out: PackedWeight
+    gate_up: PackedWeight
+    down: PackedWeight
+
+
+class FusedDecoderStep:
+    """``MotionDecoder.decode_step`` from packed copies of the decoder's weights (section 3).
+
+    kind and group as in ``kinetok.kernels.linear.pack``, of the blocks' products; the head is packed as ``head_kind``.
+    The learned scales of the norms are inside the packed weights. Rows stand at positions of their own, in a tensor on the
+    device, and a row's bits do not depend on the other rows. Two streams must not step with one object at the same time.
+    """
+
+    def __init__(self, decoder: MotionDecoder, kind: str, *, group: int = 0, head_kind: str | None = None) -> None:
+        self.config = decoder.config
+        self.embed = decoder.embed.weight.detach()
+        self.table = decoder.rotary()
+        self.layers = [
+            _Layer(
+                qkv=pack(block.qkv.weight, kind, group=group, norm_scale=block.attn_norm.scale),
+                attn_out=pack(block.attn_out.weight, kind, group=group),
+                gate_up=pack(block.gate_up.weight, kind, group=group, norm_scale=block.mlp_norm.scale, paired=True),
+                down=pack(block.down.weight, kind, group=group),
+            )
+            for block in decoder.blocks
+        ]
+        self.head = pack(
+            decoder.head.weight, head_kind or (kind if not group else "int8"), norm_scale=decoder.norm.scale
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that a step reads, whatever the batch."""
+        weights = [w for layer in self.layers for w in (layer.qkv, layer.attn_out, layer.gate_up, layer.down)]
+        return sum(weight.nbytes for weight in (*weights, self.head))
+
+    def hidden(self, tokens: Tensor, positions: Tensor, slab: Tensor) -> Tensor:
+        """The stream ``[B, d]`` before the last norm, in the embedding's dtype.
+
+        tokens ``[B]`` take the positions ``[B]`` (int64; smaller than the capacity) in ``slab [2, layers, B, H, S, hd]``
+        (``KVCache.slab``), to which their keys and values are written.
+        """
+        x = F.embedding(tokens, self.embed)
+        table = self.table[positions][:, None]
+        heads = self.config.n_head
+        for at, layer in enumerate(self.layers):
+            keys, values = slab[0, at], slab[1, at]
+            qkv = linear(x, layer.qkv, eps=EPS).view(len(x), 1, 3, heads, -1)
+            q = rotary_kv_write(qkv, table, positions, keys, values)
+            mixed = decode_attention(q[:, 0], keys, values, positions + 1)
+            x = linear(mixed.flatten(1), layer.attn_out, residual=x)
+            x = linear(linear(x, layer.gate_up, eps=EPS, swiglu=True), layer.down, residual=x)
+        return x
+
+    def logits(self, tokens: Tensor, positions: Tensor, slab: Tensor) -> Tensor:
+        """fp32 logits of the next tokens ``[B, head_rows]``; arguments of ``hidden``."""
+        return linear(self.hidden(tokens, positions, slab), self.head, eps=EPS, wide=True)
+
+    def greedy(self, tokens: Tensor, positions: Tensor, slab: Tensor, state: SamplingState) -> Tensor:
+        """The arg-max tokens ``[B]``, logits not written; moves ``state`` on (``kinetok.kernels.sampling.greedy_step``)."""
+        x = self.hidden(tokens, positions, slab)
+        return greedy_step(x, self.head, state, end_id=self.config.end_id, pad_id=self._banned, eps=EPS)
+
+    def sample(self, tokens: Tensor, positions: Tensor, slab: Tensor, state: SamplingState) -> Tensor:
+        """Sampled tokens ``[B]``; moves ``state`` on (``kinetok.kernels.sampling.sample_step``)."""
+        logits = self.logits(tokens, positions, slab)
+        return sample_step(logits, state, end_id=self.config.end_id, pad_id=self._banned)
+
+    @property
+    def _banned(self) -> int:
+        return self.config.pad_id if self.config.tie_weights else -1
