@@ -11,7 +11,7 @@ LARGEST: tl.constexpr = tl.constexpr(448.0)
 
 
 @triton.jit
-def float8_to_float32(codes):  # type: ignore[no-untyped-def]
+def float8_to_float32(codes):
     """Values of uint8 ``codes``: as a float16 with the same bits the exponent's bias is 15, so 2^8 is missing."""
     wide = codes.to(tl.uint16)
     half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
@@ -19,7 +19,7 @@ def float8_to_float32(codes):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def float32_to_float8(x):  # type: ignore[no-untyped-def]
+def float32_to_float8(x):
     """uint8 codes nearest to ``x``, ties to even; beyond +-448 the code of +-448."""
     bits = x.to(tl.uint32, bitcast=True)
     size = tl.minimum(tl.abs(x), LARGEST)

@@ -100,7 +100,8 @@ def clean_feet(motion: Motion, *, move_root: bool = True, shift_floor: bool = Fa
         of_joint = [
             find_plants(joints[:, j], contact[:, 2 * side + i], motion.fps) for i, j in enumerate((ankle, foot))
         ]
-        target[:, ankle], target[:, foot] = _foot_targets(joints[:, ankle], joints[:, foot], *of_joint, motion.fps)  # type: ignore[call-arg, arg-type]
+        moved_to = _foot_targets(joints[:, ankle], joints[:, foot], of_joint[0], of_joint[1], motion.fps)
+        target[:, ankle], target[:, foot] = moved_to
         plants += [(joint, plant) for joint, found in zip((ankle, foot), of_joint, strict=True) for plant in found]
     shift = _root_shift(joints, target, lengths, motion.fps) if move_root else np.zeros_like(root)
     moved = (np.abs(target - joints).max(axis=(1, 2)) > 0) | (np.abs(shift).max(axis=1) > 1e-6)
@@ -113,7 +114,8 @@ def clean_feet(motion: Motion, *, move_root: bool = True, shift_floor: bool = Fa
 
 
 def _kinematics(rotations: Doubles, root: Doubles, offsets: Doubles) -> tuple[Doubles, Doubles]:
-    joints, turns = forward_kinematics(*map(torch.from_numpy, (rotations, root, offsets)), PARENTS)  # type: ignore[call-arg, arg-type]
+    local, origin, bones = (torch.from_numpy(array) for array in (rotations, root, offsets))
+    joints, turns = forward_kinematics(local, origin, bones, PARENTS)
     return joints.numpy(), turns.numpy()
 
 

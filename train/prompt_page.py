@@ -98,27 +98,27 @@ def _drawn(motion: Motion) -> Any:
 def _summary_table(figures: Mapping[str, Mapping[str, float]]) -> str:
     if not figures:
         return ""
-    measures = next(iter(figures.values()))
-    lines = ["<tr><th></th>" + "".join(f"<th>{name}</th>" for name in measures) + "</tr>"]
-    for score, values in figures.items():
-        title, digits = SCORES[score]
-        cells = "".join(f"<td>{value:.{digits}f}</td>" for value in values.values())
-        lines.append(f'<tr><th class="text">{title}</th>{cells}</tr>')
-    return "\n".join(lines)
+    heads = "".join(f"<th>{SCORES[score][0]}</th>" for score in figures)
+    lines = [f"<thead><tr><th></th>{heads}</tr></thead><tbody>"]
+    for measure in next(iter(figures.values())):
+        cells = "".join(f"<td>{values[measure]:.{SCORES[score][1]}f}</td>" for score, values in figures.items())
+        lines.append(f'<tr><th class="text">{measure}</th>{cells}</tr>')
+    return "\n".join([*lines, "</tbody>"])
 
 
 def _clip_table(clips: Sequence[Shown]) -> str:
-    heads = [("#", "number", ""), ("prompt", "text", "text"), ("seed", "number", "")]
+    heads = [("clip", "number", "text"), ("prompt", "text", "text"), ("seed", "number", "")]
     heads += [(title, "number", "") for title, _ in SCORES.values()]
     cells = "".join(f'<th data-key="{key}" class="{kind}"><button>{title}</button></th>' for title, key, kind in heads)
-    lines = [f"<thead><tr>{cells}<th>motion</th></tr></thead><tbody>"]
+    lines = [f"<thead><tr>{cells}</tr></thead><tbody>"]
     for number, clip in enumerate(clips):
-        cells = f'<td>{number + 1}</td><td class="text">{escape(clip.prompt)}</td><td>{clip.seed}</td>'
+        figure = (
+            f'<td class="figure" data-value="{number}"><small>{number + 1}</small><canvas></canvas><div class="bar">'
+            '<button class="play"></button><input type="range" min="0" step="any" value="0" aria-label="time">'
+            '<button class="open" aria-label="larger" title="larger">&#x2922;</button></div></td>'
+        )
+        cells = f'<td class="text">{escape(clip.prompt)}</td><td>{clip.seed}</td>'
         for score, (_, digits) in SCORES.items():
             cells += f'<td data-value="{clip.scores[score]:.6g}">{clip.scores[score]:.{digits}f}</td>'
-        figure = (
-            '<td><canvas width="440" height="360"></canvas><div class="bar"><button class="play"></button>'
-            '<input type="range" min="0" step="any" value="0" aria-label="time"></div></td>'
-        )
-        lines.append(f'<tr data-clip="{number}">{cells}{figure}</tr>')
+        lines.append(f'<tr data-clip="{number}">{figure}{cells}</tr>')
     return "\n".join([*lines, "</tbody>"])

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,9 +63,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor, lengths: Tensor 
     if q.is_cpu:
         rows = []
         for row, (text, length) in enumerate(zip(text_lengths.tolist(), lengths.tolist(), strict=True)):
-            own = [x[row : row + 1, :length] for x in (q, k, v)]
+            own_q, own_k, own_v = (x[row : row + 1, :length] for x in (q, k, v))
             mask = None if text >= length else reference.prefix_mask(text_lengths[row : row + 1], length)
-            rows.append(F.pad(_masked(*own, mask), (0, 0, 0, 0, 0, q.shape[1] - length)))
+            rows.append(F.pad(_masked(own_q, own_k, own_v, mask), (0, 0, 0, 0, 0, q.shape[1] - length)))
         return torch.cat(rows) if rows else torch.zeros_like(q)
     real = torch.arange(q.shape[1], device=q.device) < lengths[:, None]
     # A query beyond its row's length sees everything: seeing nothing would make its gradient NaN. Its result is dropped.
@@ -73,8 +74,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor, lengths: Tensor 
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def sdpa_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, kv_scale: Tensor | None) -> Tensor:
@@ -123,9 +124,8 @@ def prefix_from_varlen(
     ):
         if not queries.any():
             continue
-        cumulated = [F.pad(x.cumsum(0), (1, 0)).to(torch.int32) for x in (q_lengths, k_lengths)]
-        longest = [int(x.max()) for x in (q_lengths, k_lengths)]
-        mixed = call(q[queries], k[keys], v[keys], *cumulated, *longest, causal)
+        cu_q, cu_k = (F.pad(x.cumsum(0), (1, 0)).to(torch.int32) for x in (q_lengths, k_lengths))
+        mixed = call(q[queries], k[keys], v[keys], cu_q, cu_k, int(q_lengths.max()), int(k_lengths.max()), causal)
         o = o.index_put((queries,), mixed)
     return o[..., :head_dim]
 
@@ -136,7 +136,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor, lengths: Tenso
 
     scale = 1 / math.sqrt(q.shape[3])
 
-    def call(*args: Tensor | int) -> Tensor:
+    def call(*args: Any) -> Any:
         return varlen_attn(*args[:7], window_size=(-1, 0 if args[7] else -1), scale=scale)
 
     return prefix_from_varlen(call, q, k, v, text_lengths, lengths)

@@ -1,5 +1,6 @@
 """Registration of the attention operators and their checked public functions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,14 +64,14 @@ def _by_formula(q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor, lengths: 
     return reference.prefix_attention(q, k, v, text_lengths, lengths)[0]
 
 
-PREFIX = {
+PREFIX: dict[str, Callable[..., Tensor]] = {
     "reference": _by_formula,
     "triton": _through_op,
     "sdpa": backends.sdpa,
     "varlen": backends.varlen,
     "flash": backends.flash,
 }
-DECODE = {
+DECODE: dict[str, Callable[..., Tensor]] = {
     "reference": reference.decode_attention,
     "triton": _decode_attention,
     "sdpa": backends.sdpa_decode,

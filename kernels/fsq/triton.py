@@ -4,6 +4,8 @@ A level set is compiled in: the constants of level j are numbers in the machine 
 others, so its bits do not depend on the batch.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -199,8 +201,8 @@ WARPS = 8
 
 def _constants(levels: tuple[int, ...], *names: str) -> dict[str, tuple[float, ...]]:
     half, offset, shift, width, basis = level_constants(levels)
-    known = {"half": half, "offset": offset, "shift": shift, "width": width, "basis": basis}
-    return {name: tuple(known[name]) for name in names}  # type: ignore[arg-type]
+    known: dict[str, Sequence[float]] = {"half": half, "offset": offset, "shift": shift, "width": width, "basis": basis}
+    return {name: tuple(known[name]) for name in names}
 
 
 def _encode_meta(channels: int, levels: tuple[int, ...], project: bool) -> dict[str, object]:
