@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 from kinetok import __version__
 from kinetok.errors import UserError
 from kinetok.model.text_minilm import MiniLM
-from kinetok.motion import quality
-from kinetok.motion.features import FEATURES, joints_from_positions, joints_from_rotations
-from kinetok.motion.skeleton import CANONICAL_OFFSETS, FPS
+from kinetok.motion.features import FEATURES
 from kinetok.runtime import Engine
 from kinetok.train import metrics
 from kinetok.train.clip_cache import CachedEngine
@@ -21,7 +19,7 @@ from kinetok.train.data.store import Clip
 from kinetok.train.evaluator import SmallEvaluator
 from kinetok.train.probes import PROBES, SECONDS, Probe, measure
 from kinetok.train.provenance import commit, machine
-from kinetok.train.reconstruction import reconstruct
+from kinetok.train.reconstruction import paired, physical, reconstruct
 
 FORMAT, VERSION = "kinetok-evaluation", 1
 LEAST_POOL = 4  # captions; below, R-precision@3 says nothing
@@ -124,28 +122,6 @@ def distinct_pairs(
             break
         place(clip, set())
     return [(clip, caption) for caption, clip in owner.items()]
-
-
-def physical(features: NDArray) -> dict[str, float]:
-    """Figures of features ``[T, 272]``, joints by forward kinematics of the rotations on the canonical body."""
-    joints = joints_from_rotations(features, np.array(CANONICAL_OFFSETS))
-    return {
-        "acceleration_mean_mm": 1e3 * quality.acceleration(joints),
-        "acceleration_max_mm": 1e3 * quality.acceleration(joints, reduce="max"),
-        "jerk": quality.jerk(joints, FPS),
-        "foot_skate_cm_s": quality.foot_skate(joints) * FPS,
-        "penetration_cm": quality.penetration(joints),
-    }
-
-
-def paired(real: NDArray, decoded: NDArray) -> dict[str, float]:
-    """MPJPE by the local positions (section 7) and by the rotations, as files are written."""
-    offsets = np.array(CANONICAL_OFFSETS)
-    return {
-        "mpjpe_mm": 1e3 * quality.mpjpe(joints_from_positions(real), joints_from_positions(decoded)),
-        "mpjpe_rotations_mm": 1e3
-        * quality.mpjpe(joints_from_rotations(real, offsets), joints_from_rotations(decoded, offsets)),
-    }
 
 
 def _sample(evaluator: SmallEvaluator, features: NDArray, **more: float) -> Sample:

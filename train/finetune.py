@@ -19,7 +19,8 @@ from kinetok.motion.quality import mpjpe
 from kinetok.motion.skeleton import CANONICAL_OFFSETS, JOINTS
 from kinetok.train.data.store import Clip, read_clips
 from kinetok.train.decoder import TEXT_ENCODER, DecoderTask
-from kinetok.train.loop import LoopConfig, fit
+from kinetok.train.loop import fit
+from kinetok.train.optim import LoopConfig
 from kinetok.train.recipes import DecoderRecipe
 
 DEFAULT = "default"

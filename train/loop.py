@@ -1,42 +1,28 @@
-"""The loop that both trainings share: schedule, clipping, moving average, validation, logs, resuming."""
+"""The loop that all trainings share: schedule, clipping, moving average, validation, logs, exact resuming."""
 
-import copy
+import contextlib
 import json
 import math
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kinetok.errors import UserError, missing_package
+from kinetok.errors import UserError
 from kinetok.files import whole_file
+from kinetok.train.checkpoints import FileCheckpoints, Found, save_whole
+from kinetok.train.journal import LOG, Journal, Silent
+from kinetok.train.optim import Average, LoopConfig, adamw, learning_rate
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoopConfig:
-    """Everything the loop needs to know; AdamW with a linear warm-up and a cosine to zero.
-
-    keep: which averaged weights are the result, those of the lowest validation loss or the last ones (where the held-out
-    clips say too little to choose by).
-    """
-
-    steps: int
-    seed: int = 0
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    warmup: int = 100
-    clip_norm: float = 1.0
-    ema: float = 0.995
-    validate_every: int = 250
-    save_every: int = 250
-    keep: Literal["best", "last"] = "best"
+BEST, ABOUT = "best.pt", "run.json"
+Result = TypeVar("Result")
 
 
 class Task(Protocol):
@@ -46,7 +32,8 @@ class Task(Protocol):
     def module(self) -> nn.Module: ...
 
     def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
-        """Named losses of one batch; "loss" is the one to minimise."""
+        """Named losses of one batch; "loss" is the one to minimise. rng and torch's own generator are all it may draw
+        from: a resumed run puts both back."""
         ...
 
     def validate(self, module: nn.Module) -> Mapping[str, float]:
@@ -54,133 +41,222 @@ class Task(Protocol):
         ...
 
 
-def learning_rate(config: LoopConfig, step: int) -> float:
-    """The rate used by step 0, 1, ..."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+class Checkpoints(Protocol):
+    """``FileCheckpoints``, or those of several processes (train/distributed.py)."""
+
+    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, rest: Mapping[str, Any]) -> None: ...
+    def any(self) -> bool: ...
+    def find(self, told: Callable[[str], None]) -> Found | None: ...
+    def load(self, found: Found, module: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]: ...
+    def finish(self) -> None: ...
 
 
-class _Log:
-    """JSON lines and, where it is installed, tensorboard."""
+class OneProcess:
+    """Training in this process alone."""
 
-    def __init__(self, run: Path, stack: ExitStack) -> None:
+    rank, world = 0, 1
+
+    def checkpoints(self, run: Path) -> Checkpoints:
+        return FileCheckpoints(run)
+
+    def agree(self, call: Callable[[], Result]) -> Result:
+        """What ``call`` gives the first process, or the ``UserError`` it raises there, in every process."""
+        return call()
+
+    def whole(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state with nothing sharded, in the first process."""
+        return state
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Numbers of a step, averaged over the processes."""
+        return {name: float(value.detach()) for name, value in values.items()}
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Hold the run's folder, so that a second process with the same --out is refused while this one lives."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with (run / ".lock").open("w") as file:
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise missing_package("tensorboard", "train", "training") from error
-        self.lines = stack.enter_context((run / "log.jsonl").open("a", encoding="utf-8"))
-        self.board = stack.enter_context(SummaryWriter(str(run)))
-
-    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        self.lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self.lines.flush()
-        for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{run}: another process is training in this folder; name another with --out") from error
+        yield
 
 
-def _adamw(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
-    # Decay acts on matrices only: a shrunken norm scale or bias regularises nothing.
-    matrices = [p for p in module.parameters() if p.ndim >= 2]
-    others = [p for p in module.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+def _with_defaults(identity: Any) -> Any:
+    """An identity from before a loop option existed is one with the option's default."""
+    inner = identity.get("identity") if isinstance(identity, dict) else None
+    if isinstance(inner, dict) and isinstance(inner.get("loop"), dict):
+        defaults = json.loads(json.dumps(asdict(LoopConfig(steps=0))))
+        return {**identity, "identity": {**inner, "loop": {**defaults, **inner["loop"]}}}
+    return identity
 
 
-@torch.no_grad()
-def _follow(average: nn.Module, module: nn.Module, decay: float) -> None:
-    for mean, value in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
-        else:
-            mean.copy_(value)
+def _open(run: Path, checkpoints: Checkpoints, identity: Any, resume: bool) -> None:
+    """Refuse the folder of another run, and an existing one that is not resumed; write what this run is."""
+    about = run / ABOUT
+    if (checkpoints.any() or any((run / name).exists() for name in (ABOUT, LOG, BEST))) and not resume:
+        raise UserError(f"{run}: a run is already here; continue it with --resume, or name another folder with --out")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        there = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{about}: expected the description of a run, but {error}") from error
+    if there is not None:
+        _same(run, there, identity)
+        return
+    if not checkpoints.any():
+        with whole_file(about) as temporary:
+            temporary.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
 
 
-def _save(path: Path, state: dict[str, Any]) -> None:
-    with whole_file(path) as temporary:
-        torch.save(state, temporary)
+def _same(run: Path, theirs: Any, identity: Any) -> None:
+    theirs = _with_defaults(theirs)
+    if theirs != identity:
+        names = _differences(theirs, identity)
+        raise UserError(
+            f"{run}: this run was made with another recipe or other data (it differs in {', '.join(names[:4])}); "
+            "name another folder with --out"
+        )
 
 
-def fit(task: Task, config: LoopConfig, run: str | Path, *, resume: bool = False, identity: Mapping[str, Any]) -> Path:
+def _differences(one: Any, other: Any, name: str = "") -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = sorted({*one, *other})
+        return [path for key in keys for path in _differences(one.get(key), other.get(key), key)]
+    return [] if one == other else [name or "its description"]
+
+
+def fit(
+    task: Task,
+    config: LoopConfig,
+    run: str | Path,
+    *,
+    resume: bool = False,
+    identity: Mapping[str, Any],
+    processes: OneProcess | None = None,
+    sample: Callable[[nn.Module, int], None] | None = None,
+    sample_every: int = 0,
+) -> Path:
     """Train ``task`` in the folder ``run``; returns the file with the best averaged weights.
 
-    ``run`` then holds ``best.pt`` ({"model", "step", "figures"}), ``last.pt`` (all that a resumed run needs),
-    ``log.jsonl`` and tensorboard events. ``identity`` is what makes the run what it is: a resumed run with another one
-    is refused. Raises ``UserError`` for an existing run that is not resumed and for a loss that is not finite.
+    ``run`` then holds ``best.pt`` ({"model", "step", "figures"}), ``last.pt`` and ``previous.pt`` (all that a resumed run
+    needs), ``run.json`` (what the run is), ``log.jsonl`` and tensorboard events. ``identity`` is what makes the run what it
+    is: a resumed run with another one is refused. A run that is stopped at any moment and resumed has the same losses, bit
+    for bit on a CPU with as many threads. A damaged checkpoint is reported and the one before is used.
+    sample is called with the averaged module every ``sample_every`` steps, to show what it does so far.
+    Raises ``UserError`` for an existing run that is not resumed, a folder in which another process trains, a loss or
+    gradient that is not finite, a full disk, and where no whole checkpoint is left.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     run = Path(run)
-    last, best = run / "last.pt", run / "best.pt"
-    identity = json.loads(json.dumps({"identity": identity, "steps": config.steps, "seed": config.seed}))
-    if last.exists() and not resume:
-        raise UserError(f"{run}: a run is already here; continue it with --resume, or name another folder with --out")
-    run.mkdir(parents=True, exist_ok=True)
-    optimizer = _adamw(task.module, config)
-    average = copy.deepcopy(task.module)
+    processes = processes or OneProcess()
+    checkpoints = processes.checkpoints(run)
+    described = json.loads(json.dumps({"identity": identity, "steps": config.steps, "seed": config.seed}))
+    processes.agree(lambda: _open(run, checkpoints, described, resume))
+    with ExitStack() as stack:
+        if processes.rank == 0:
+            stack.enter_context(_alone(run))
+        return _train(task, config, run, described, processes, checkpoints, stack, sample, sample_every)
+
+
+def _train(
+    task: Task,
+    config: LoopConfig,
+    run: Path,
+    identity: Any,
+    processes: OneProcess,
+    checkpoints: Checkpoints,
+    stack: ExitStack,
+    sample: Callable[[nn.Module, int], None] | None,
+    sample_every: int,
+) -> Path:
+    module = task.module
+    optimizer = adamw(module, config)
+    average = Average(module) if config.ema is not None else None
     rng = np.random.default_rng(config.seed)
     torch.manual_seed(config.seed)
     step, lowest, spent, spent_cpu = 0, math.inf, 0.0, 0.0
-    if resume and last.exists():
-        state = torch.load(last, weights_only=True)
-        if state["identity"] != identity:
-            raise UserError(
-                f"{run}: this run was made with another recipe or other data; name another folder with --out"
-            )
-        task.module.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+    notes: list[str] = []
+    found = checkpoints.find(notes.append)
+    if found is not None:
+        _same(run, found.identity, identity)
+        state = checkpoints.load(found, module, optimizer)
+        if average is not None:
+            average.load(state["average"])
         rng.bit_generator.state = state["rng"]
         torch.set_rng_state(state["torch_rng"])
         step, lowest, spent, spent_cpu = (state[key] for key in ("step", "lowest", "seconds", "cpu_seconds"))
+        del state, found
 
     began, began_cpu = time.perf_counter() - spent, time.process_time() - spent_cpu
-    with ExitStack() as stack:
-        log = _Log(run, stack)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        progress = stack.enter_context(Progress(*columns))
-        bar = progress.add_task(run.name, total=config.steps, completed=step)
-        while step < config.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
-            task.module.train()
-            losses = task.loss(step, rng)
-            if not losses["loss"].isfinite():
-                raise UserError(f"{run}: the loss is {losses['loss'].item()} at step {step}; lower the learning rate")
-            optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(task.module.parameters(), config.clip_norm)
-            optimizer.step()
-            _follow(average, task.module, min(config.ema, (step + 1) / (step + 10)))
-            step += 1
-            progress.update(bar, completed=step, description=f"{run.name}  loss {losses['loss'].item():.4f}")
-            if step % 50 == 0:
-                values = {name: float(value.detach()) for name, value in losses.items()}
-                values["seconds"], values["cpu_seconds"] = time.perf_counter() - began, time.process_time() - began_cpu
-                log.write("train", step, {**values, "grad_norm": float(norm)})
-            if step % config.validate_every == 0 or step == config.steps:
-                average.eval()
-                figures = {name: float(value) for name, value in task.validate(average).items()}
-                log.write("validate", step, figures)
-                progress.console.print(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-                if figures["loss"] < lowest or config.keep == "last":
-                    lowest = min(lowest, figures["loss"])
-                    _save(best, {"model": average.state_dict(), "step": step, "figures": figures})
-            if step % config.save_every == 0 or step == config.steps:
-                _save(
-                    last,
-                    {
-                        "identity": identity,
-                        "model": task.module.state_dict(),
-                        "average": average.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "rng": rng.bit_generator.state,
-                        "torch_rng": torch.get_rng_state(),
-                        "step": step,
-                        "lowest": lowest,
-                        "seconds": time.perf_counter() - began,
-                        "cpu_seconds": time.process_time() - began_cpu,
-                    },
-                )
-    return best
+    journal = Journal(run, config.steps, step, stack) if processes.rank == 0 else Silent()
+    for note in notes:
+        journal.say(note)
+    while step < config.steps:
+        rate = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        module.train()
+        losses = task.loss(step, rng)
+        if not losses["loss"].isfinite():
+            raise UserError(f"{run}: the loss is {losses['loss'].item()} at step {step}; lower the learning rate")
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(module.parameters(), math.inf if config.clip_norm is None else config.clip_norm)
+        if not norm.isfinite():
+            raise UserError(f"{run}: the gradient is not finite at step {step}; lower the learning rate")
+        optimizer.step()
+        if average is not None:
+            assert config.ema is not None
+            average.follow(module, min(config.ema, (step + 1) / (step + 10)))
+        step += 1
+        journal.step(step, losses["loss"].item(), rate)
+        if step % config.log_every == 0:
+            values = processes.mean({**losses, "grad_norm": norm})
+            values["seconds"], values["cpu_seconds"] = time.perf_counter() - began, time.process_time() - began_cpu
+            journal.write("train", step, {**values, "lr": rate})
+        validates = step % config.validate_every == 0 or step == config.steps
+        samples = sample is not None and sample_every and step % sample_every == 0
+        if validates or samples:
+            with average.applied(module) if average is not None else _evaluating(module):
+                if validates:
+                    figures = {name: float(value) for name, value in task.validate(module).items()}
+                    journal.write("validate", step, figures)
+                    if figures["loss"] < lowest or config.keep == "last":
+                        lowest = min(lowest, figures["loss"])
+                        weights = processes.whole(module.state_dict())
+                        if processes.rank == 0:
+                            save_whole(run / BEST, {"model": weights, "step": step, "figures": figures})
+                if samples:
+                    assert sample is not None
+                    sample(module, step)
+        if step % config.save_every == 0 or step == config.steps:
+            checkpoints.save(
+                module,
+                optimizer,
+                {
+                    "identity": identity,
+                    "average": average.state if average is not None else None,
+                    "rng": rng.bit_generator.state,
+                    "torch_rng": torch.get_rng_state(),
+                    "step": step,
+                    "lowest": lowest,
+                    "seconds": time.perf_counter() - began,
+                    "cpu_seconds": time.process_time() - began_cpu,
+                },
+            )
+    checkpoints.finish()
+    return run / BEST
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    try:
+        yield module.eval()
+    finally:
+        module.train()

@@ -7,7 +7,7 @@ from functools import partial
 from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.model.evaluator import EvaluatorConfig
-from kinetok.train.loop import LoopConfig
+from kinetok.train.optim import LoopConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kinetok.errors import UserError
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion import quality
-from kinetok.motion.features import joints_from_rotations
+from kinetok.motion.features import joints_from_positions, joints_from_rotations
 from kinetok.motion.skeleton import CANONICAL_OFFSETS, FPS
 from kinetok.train.data.store import Clip
 
@@ -42,26 +42,46 @@ def reconstruct(
     return results
 
 
-def reconstruction_figures(results: Iterable[Reconstruction]) -> dict[str, float]:
-    """Means over the clips; joints by forward kinematics of the rotations, as files are written.
+def physical(features: NDArray) -> dict[str, float]:
+    """Figures of features ``[T, 272]``, joints by forward kinematics of the rotations on the canonical body.
 
-    mpjpe_mm and acceleration (mean and maximum over the joints, mm a frame^2) relative to the pelvis; root_mm the distance
-    of the pelvis path; jerk and foot skate of the decoded clips beside the real ones' (``kinetok.motion.quality``).
+    Acceleration relative to the pelvis in mm a frame^2, jerk in m/s^3, foot skate in cm/s (``kinetok.motion.quality``).
     """
+    joints = joints_from_rotations(features, np.array(CANONICAL_OFFSETS))
+    return {
+        "acceleration_mean_mm": 1e3 * quality.acceleration(joints),
+        "acceleration_max_mm": 1e3 * quality.acceleration(joints, reduce="max"),
+        "jerk": quality.jerk(joints, FPS),
+        "foot_skate_cm_s": quality.foot_skate(joints) * FPS,
+        "penetration_cm": quality.penetration(joints),
+    }
+
+
+def paired(real: NDArray, decoded: NDArray) -> dict[str, float]:
+    """MPJPE relative to the pelvis, mm: by the local positions (section 7), and by the rotations, as files are written."""
     offsets = np.array(CANONICAL_OFFSETS)
+    return {
+        "mpjpe_mm": 1e3 * quality.mpjpe(joints_from_positions(real), joints_from_positions(decoded)),
+        "mpjpe_rotations_mm": 1e3
+        * quality.mpjpe(joints_from_rotations(real, offsets), joints_from_rotations(decoded, offsets)),
+    }
+
+
+def reconstruction_figures(results: Iterable[Reconstruction]) -> dict[str, float]:
+    """Means over the clips: ``paired``, ``physical`` of the decoded clips and, as ``real_...``, of the real ones.
+
+    Beside them the ratios jerk_ratio and skate_ratio of the means, the codes in use and the number of clips.
+    """
     rows, used = [], set()
     for result in results:
-        real, decoded = (joints_from_rotations(x, offsets) for x in (result.real, result.decoded))
-        row = {
-            "mpjpe_mm": 1e3 * quality.mpjpe(real, decoded),
-            "root_mm": 1e3 * float(np.linalg.norm(real[:, 0] - decoded[:, 0], axis=-1).mean()),
-        }
-        for name, joints in (("", decoded), ("real_", real)):
-            row[f"{name}acceleration_mean_mm"] = 1e3 * quality.acceleration(joints)
-            row[f"{name}acceleration_max_mm"] = 1e3 * quality.acceleration(joints, reduce="max")
-            row[f"{name}jerk_m_per_s3"] = quality.jerk(joints, FPS)
-            row[f"{name}foot_skate_cm_per_s"] = quality.foot_skate(joints) * FPS
-        rows.append(row)
+        real = {f"real_{name}": value for name, value in physical(result.real).items()}
+        rows.append({**paired(result.real, result.decoded), **physical(result.decoded), **real})
         used.update(result.tokens.tolist())
     figures = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    return {**figures, "codes": float(len(used)), "clips": float(len(rows))}
+    return {
+        **figures,
+        "jerk_ratio": figures["jerk"] / figures["real_jerk"],
+        "skate_ratio": figures["foot_skate_cm_s"] / figures["real_foot_skate_cm_s"],
+        "codes": float(len(used)),
+        "clips": float(len(rows)),
+    }

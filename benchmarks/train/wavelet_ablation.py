@@ -1,7 +1,8 @@
 """The wavelet ablation: train every variant and seed (about 70 minutes on one core), then one table of them all.
 
 ``python benchmarks/train/wavelet_ablation.py --runs runs/ablation --json benchmarks/results/wavelet_ablation.json
---page docs/wavelet-ablation.md``. Runs that are there are kept, so it goes on where it stopped; ``--collect`` trains nothing.
+--page docs/wavelet-ablation.md``. Runs that are there are kept, so it goes on where it stopped; ``--collect`` trains nothing,
+and keeps the figures that the JSON file holds of runs whose folder is gone.
 """
 
 import argparse
@@ -23,11 +24,11 @@ from kinetok.train.tokenizer import train
 
 SEEDS = (0, 1)
 COLUMNS = {
-    "mpjpe_mm": ("MPJPE, mm", 1),
+    "mpjpe_rotations_mm": ("MPJPE, mm", 1),
     "acceleration_mean_mm": ("mean acc.", 2),
     "acceleration_max_mm": ("max acc.", 1),
-    "jerk": ("jerk / real", 2),
-    "skate": ("skate / real", 2),
+    "jerk_ratio": ("jerk / real", 2),
+    "skate_ratio": ("skate / real", 2),
     "codes": ("codes", 0),
 }
 DESCRIPTIONS = {
@@ -59,10 +60,7 @@ def measure(folder: Path, clips: list[Any]) -> dict[str, Any]:
     }
     for split in ("val", "test"):
         chosen = [clip for clip in clips if clip.split == split and not clip.heading_flips]
-        figures = reconstruction_figures(reconstruct(tokenizer, mean.numpy(), std.numpy(), chosen))
-        figures["jerk"] = figures["jerk_m_per_s3"] / figures["real_jerk_m_per_s3"]
-        figures["skate"] = figures["foot_skate_cm_per_s"] / figures["real_foot_skate_cm_per_s"]
-        result[split] = figures
+        result[split] = reconstruction_figures(reconstruct(tokenizer, mean.numpy(), std.numpy(), chosen))
     return result
 
 
@@ -117,6 +115,10 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _results(path: Path | None) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {"rows": []}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
@@ -127,6 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     clips = read_clips(arguments.data)
+    known = {row["variant"]: row["seeds"] for row in _results(arguments.json)["rows"]} if arguments.collect else {}
     rows = []
     for variant in ABLATION:
         recipe = tokenizer_recipe(f"ablation-{variant}")
@@ -135,7 +138,10 @@ def main() -> None:
             folder = arguments.runs / f"abl-{variant}-{seed}"
             if not (folder / "tokenizer.pt").exists() and not arguments.collect:
                 train(recipe=f"ablation-{variant}", data=arguments.data, out=folder, resume=True, seed=seed)
-            if (folder / "tokenizer.pt").exists():
+            if not (folder / "tokenizer.pt").exists():
+                if str(seed) in known.get(variant, {}):
+                    seeds[str(seed)] = known[variant][str(seed)]
+            else:
                 seeds[str(seed)] = measure(folder, clips)
                 print(variant, seed, {k: round(v, 2) for k, v in seeds[str(seed)]["test"].items()}, flush=True)
         if seeds:
