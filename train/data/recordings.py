@@ -17,7 +17,9 @@ UNIT = np.pi / 32767  # radians a step of the stored rotation vectors
 FAR = 1000.0  # metres from the origin that no recording reaches; beyond, the unit of length is wrong
 LEG = [JOINT_NAMES.index("left_knee"), JOINT_NAMES.index("left_ankle")]
 ARMS = [JOINT_NAMES.index(f"{side}_{joint}") for side in ("left", "right") for joint in ("shoulder", "elbow")]
-T_POSE_ANGLE = 0.2  # radians; both upper and lower arms this close to the rest pose is a T-pose, not an action
+# Radians; both upper and lower arms this close to the rest pose is a T-pose, not an action. From 0.5 on, captured arms that
+# are swung outward count as well.
+T_POSE_ANGLE = 0.4
 T_POSE_BLEND = 10  # frames in which a recording leaves its T-pose
 KINDS: Mapping[str, Callable[[np.dtype], bool]] = {
     "text": lambda dtype: dtype.kind == "U",
