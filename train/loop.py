@@ -234,7 +234,8 @@ def _train(
                             save_whole(run / BEST, {"model": weights, "step": step, "figures": figures})
                 if samples:
                     assert sample is not None
-                    sample(module, step)
+                    with torch.random.fork_rng([]):  # whether samples are drawn must not change the run
+                        sample(module, step)
         if step % config.save_every == 0 or step == config.steps:
             checkpoints.save(
                 module,
