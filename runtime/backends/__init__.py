@@ -1,0 +1,58 @@
+"""What computes logits: the seam between the scheduler and torch, ONNX Runtime and whatever follows."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kinetok.errors import UserError
+from kinetok.model.pretrained import ModelBundle
+
+
+class Backend(Protocol):
+    """Keys and values of a fixed number of slots, and the logits that follow from them.
+
+    A slot holds one row of up to ``capacity`` positions: a text, then motion tokens. A character has one slot, two with
+    guidance. All memory is taken when the backend is made. **A slot's logits depend on its own text and tokens alone, to the
+    bit, whichever slots are in a call and whatever is in the others**; the scheduler relies on it. Who uses which slot is
+    the scheduler's business. Logits are fp32 on ``device``.
+    """
+
+    slots: int
+    capacity: int
+    device: torch.device
+
+    def prefill(self, slot: int, text: Tensor, tokens: Sequence[int] = ()) -> Tensor:
+        """Start a slot anew: text features ``[L, D]``, L > 0, then motion tokens; logits ``[head_rows]`` after the last.
+
+        Nothing of what the slot held before can be seen afterwards. Raises ``UserError`` beyond ``capacity``.
+        """
+        ...
+
+    def decode(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
+        """Append one token to each of these different slots, int64 ``[n]`` on ``device``; logits ``[n, head_rows]``.
+
+        Raises ``UserError`` for a full slot, and then no slot has changed.
+        """
+        ...
+
+    def copy(self, source: int, target: int) -> None:
+        """Make ``target`` what ``source`` is."""
+        ...
+
+
+def _torch(model: ModelBundle, slots: int, capacity: int) -> Backend:
+    from kinetok.runtime.backends.torch import TorchBackend
+
+    return TorchBackend(model.decoder, slots, capacity)
+
+
+BACKENDS: dict[str, Callable[[ModelBundle, int, int], Any]] = {"torch": _torch}
+
+
+def open_backend(name: str, model: ModelBundle, slots: int, capacity: int) -> Backend:
+    """The backend of that name for ``model``. Raises ``UserError`` for an unknown name, or where it cannot run."""
+    if name not in BACKENDS:
+        raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return BACKENDS[name](model, slots, capacity)
