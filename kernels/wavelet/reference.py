@@ -56,7 +56,7 @@ def _wrap(x: Tensor, side: int) -> Tensor:
     return x[:, torch.arange(-side, length + side, device=x.device) % length]
 
 
-def _wavelet(h: Sequence[float]) -> list[float]:
+def wavelet_filter(h: Sequence[float]) -> list[float]:
     return [(-1) ** k * tap for k, tap in enumerate(reversed(h))]
 
 
@@ -67,7 +67,7 @@ def _analysis(x: Tensor, h: Sequence[float], gain: float) -> tuple[Tensor, Tenso
         return (even + odd) * (h[0] * gain), (even - odd) * (h[0] * gain)
     x, span = _wrap(x, len(h) // 2 - 1), x.shape[1] - 1
     columns = [x[:, k : k + span : 2] for k in range(len(h))]
-    filters = ([tap * gain for tap in taps] for taps in (h, _wavelet(h)))
+    filters = ([tap * gain for tap in taps] for taps in (h, wavelet_filter(h)))
     low, high = (sum(column * tap for column, tap in zip(columns, taps, strict=True)) for taps in filters)
     return low, high  # type: ignore[return-value]
 
@@ -84,7 +84,9 @@ def _synthesis(low: Tensor, high: Tensor, h: Sequence[float], gain: float) -> Te
         for k in range((phase + lead) % 2, len(h), 2):
             at = side + (phase + lead - k) // 2
             total = (
-                total + low[:, at : at + length] * (h[k] * gain) + high[:, at : at + length] * (_wavelet(h)[k] * gain)
+                total
+                + low[:, at : at + length] * (h[k] * gain)
+                + high[:, at : at + length] * (wavelet_filter(h)[k] * gain)
             )
         phases.append(total)
     return torch.stack(phases, dim=2).flatten(1, 2)

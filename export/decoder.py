@@ -1,0 +1,185 @@
+"""The decoder's two graphs, prefill and decode step, over a static KV cache (MotionMillion, section 3; docs/bundle.md)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from kinetok.export.graph import Graph, WeightFile
+from kinetok.export.ops import attention, rms_norm, rotate, silu
+from kinetok.export.precision import Precision, Tensors, linear, to_numpy
+from kinetok.kernels.rotary import rotary_table
+from kinetok.model.config import DecoderConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderExport:
+    """What both graphs share. ``tensors`` gives the weights under ``MotionDecoder``'s names.
+
+    kv_dtype is the cache's. layers: how many of the config's layers to build, for a piece of a large model.
+    """
+
+    config: DecoderConfig
+    tensors: Tensors
+    precision: Precision
+    kv_dtype: np.dtype
+    opset: int = 23
+
+    def prefill(self, weights: WeightFile) -> Graph:
+        """Text ``[B, L, D]`` into the first positions of an empty cache; logits after each row's last."""
+        config = self.config
+        g = Graph("prefill", weights, self.opset)
+        text = g.input("text_features", np.float32, ["batch", "text", config.text_dim])
+        lengths = g.input("text_lengths", np.int64, ["batch"])
+        past = self._past(g)
+        rows, width = g.size(text, 0), g.size(text, 1)
+        x = g.cast(text, self._dtype) if self._dtype != np.float32 else text
+        x = linear(g, x, "text_proj.weight", self.tensors, self.precision, (config.n_embd, config.text_dim), 0)
+        x = g.node("Add", x, self._plain(g, "text_proj.bias"))
+        at = g.range(width)
+        positions = g.node("Expand", g.node("Unsqueeze", at, g.const([0])), self._pair(g, rows, width))
+        real = g.node("Less", g.reshape(at, 1, 1, 1, -1), g.reshape(lengths, -1, 1, 1, 1))
+        visible = g.node("Expand", real, g.node("Concat", rows, g.const([1]), width, width, axis=0))
+        x = self._blocks(g, x, past, positions, visible, over_text=True)
+        last = g.node("Sub", lengths, g.const(1))
+        index = g.node("Concat", g.reshape(g.range(rows), -1, 1), g.reshape(last, -1, 1), axis=1)
+        self._logits(g, g.node("GatherND", x, index))
+        return g
+
+    def decode(self, weights: WeightFile) -> Graph:
+        """One token ``[B, 1]`` a row at positions ``[B, 1]``; logits of the next."""
+        g = Graph("decode", weights, self.opset)
+        tokens = g.input("input_ids", np.int64, ["batch", 1])
+        positions = g.input("position_ids", np.int64, ["batch", 1])
+        past = self._past(g)
+        stored = self.precision.storage
+        x = g.node("Gather", g.weight("embed.weight", lambda: self._stored("embed.weight", stored)), tokens)
+        x = g.cast(x, self._dtype) if stored != self._dtype else x
+        keys = g.reshape(g.range(g.size(past[0][0], 2)), 1, 1, 1, -1)
+        visible = g.node("LessOrEqual", keys, g.reshape(positions, -1, 1, 1, 1))
+        x = self._blocks(g, x, past, positions, visible, over_text=False)
+        self._logits(g, g.node("Squeeze", x, g.const([1])))
+        return g
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return self.precision.activations
+
+    def _stored(self, name: str, dtype: np.dtype) -> np.ndarray:
+        return to_numpy(self.tensors(name), dtype, name)
+
+    def _plain(self, g: Graph, name: str) -> str:
+        """A vector of the model in the activations' dtype."""
+        return g.weight(name, lambda: self._stored(name, self._dtype))
+
+    @staticmethod
+    def _pair(g: Graph, first: str, second: str) -> str:
+        return g.node("Concat", first, second, axis=0)
+
+    def _past(self, g: Graph) -> list[tuple[str, str]]:
+        shape = self._cache_shape
+        return [
+            (
+                g.input(f"past_key_values.{i}.key", self.kv_dtype, shape),
+                g.input(f"past_key_values.{i}.value", self.kv_dtype, shape),
+            )
+            for i in range(self.config.n_layer)
+        ]
+
+    @property
+    def _cache_shape(self) -> list[int | str]:
+        return ["batch", self.config.n_head, "capacity", self.config.head_dim]
+
+    def _index(self, g: Graph, positions: str) -> str:
+        """Where ScatterND writes ``[B, H, T, hd]`` for positions ``[B, T]``: (row, head, position), ``[B, H, T, 3]``."""
+        heads = self.config.n_head
+        rows, width = g.size(positions, 0), g.size(positions, 1)
+        shape = g.node("Concat", rows, g.const([heads]), width, g.const([1]), axis=0)
+        parts = (
+            g.reshape(g.range(rows), -1, 1, 1, 1),
+            g.const(np.arange(heads).reshape(1, -1, 1, 1)),
+            g.node("Unsqueeze", positions, g.const([1, 3])),
+        )
+        return g.node("Concat", *(g.node("Expand", part, shape) for part in parts), axis=-1)
+
+    def _table(self, g: Graph) -> tuple[str, str]:
+        config = self.config
+
+        def part(which: int) -> np.ndarray:
+            return rotary_table(config.block_size, config.head_dim, config.rope)[..., which].numpy()
+
+        return g.weight("rotary.cos", lambda: part(0)), g.weight("rotary.sin", lambda: part(1))
+
+    def _write(self, g: Graph, past: str, index: str, value: str, name: str) -> str:
+        """The cache with ``value`` written; also the output ``name``."""
+        if self.kv_dtype != self._dtype:
+            value = g.cast(value, self.kv_dtype)
+        g.output(g.node("ScatterND", past, index, value), name, self.kv_dtype, self._cache_shape)
+        return name
+
+    def _blocks(
+        self, g: Graph, x: str, past: list[tuple[str, str]], positions: str, visible: str, *, over_text: bool
+    ) -> str:
+        """The residual stream ``[B, T, d]`` after all layers. over_text attends over the new positions alone."""
+        config, dtype = self.config, self._dtype
+        heads, width, bits = config.n_head, config.n_embd, self.precision.bits
+        index, table = self._index(g, positions), self._table(g)
+
+        def product(value: str, name: str, rows: int, columns: int) -> str:
+            return linear(g, value, name, self.tensors, self.precision, (rows, columns), bits)
+
+        for i in range(config.n_layer):
+            block = f"blocks.{i}"
+            normed = rms_norm(g, x, self._plain(g, f"{block}.attn_norm.scale"), dtype)
+            qkv = g.reshape(product(normed, f"{block}.qkv.weight", 3 * width, width), 0, 0, 3 * heads, config.head_dim)
+            sizes = g.const([2 * heads, heads])
+            qk, v = g.nodes("Split", [g.transpose(qkv, 0, 2, 1, 3), sizes], 2, axis=1)
+            wide = g.cast(qk, np.float32) if dtype != np.float32 else qk
+            turned = rotate(g, wide, table, positions, config.head_dim // 2)
+            turned = g.cast(turned, dtype) if dtype != np.float32 else turned
+            q, k = g.nodes("Split", [turned], 2, axis=1, num_outputs=2)
+            keys, values = (
+                self._write(g, old, index, new, f"present.{i}.{kind}")
+                for old, new, kind in zip(past[i], (k, v), ("key", "value"), strict=True)
+            )
+            if over_text:
+                keys, values = k, v
+            elif self.kv_dtype != dtype:
+                keys, values = g.cast(keys, dtype), g.cast(values, dtype)
+            mixed = attention(g, q, keys, values, visible, config.head_dim, dtype, split=self._split)
+            joined = g.reshape(g.transpose(mixed, 0, 2, 1, 3), 0, 0, width)
+            x = g.node("Add", x, product(joined, f"{block}.attn_out.weight", width, width))
+            normed = rms_norm(g, x, self._plain(g, f"{block}.mlp_norm.scale"), dtype)
+            both = product(normed, f"{block}.gate_up.weight", 2 * config.mlp_width, width)
+            gate, up = g.nodes("Split", [both], 2, axis=-1, num_outputs=2)
+            hidden = g.node("Mul", silu(g, gate), up)
+            x = g.node("Add", x, product(hidden, f"{block}.down.weight", width, config.mlp_width))
+        return x
+
+    @property
+    def _split(self) -> bool:
+        # TensorRT builds an fp32 Attention with free axes only from its parts.
+        return self.precision.target == "tensorrt" and self._dtype == np.float32
+
+    def _logits(self, g: Graph, x: str) -> None:
+        """``x [B, d]`` through the last norm and the head; fp32."""
+        config, bits = self.config, self.precision.bits
+        normed = rms_norm(g, x, self._plain(g, "norm.scale"), self._dtype)
+        name = "embed.weight" if config.tie_weights else "head.weight"
+        if config.tie_weights and not bits:
+            # The embedding is in the file already, as it lies: rows are classes.
+            table = g.weight(name, lambda: self._stored(name, self._dtype))
+            logits = g.node("Gemm", normed, table, transB=1)
+        else:
+            # The head decides which token is drawn, so it keeps 8 bits where the blocks have 4.
+            shape = (config.head_rows, config.n_embd)
+            logits = linear(g, normed, name, self.tensors, self.precision, shape, 8 if bits else 0)
+        if self._dtype != np.float32:
+            logits = g.cast(logits, np.float32)
+        g.output(logits, "logits", np.float32, ["batch", config.head_rows])
+
+
+def module_tensors(module: object) -> Tensors:
+    """The weights of a loaded module by name."""
+    state: dict[str, Tensor] = module.state_dict()  # type: ignore[attr-defined]
+    return state.__getitem__
