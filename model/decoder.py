@@ -1,6 +1,6 @@
 """The LLaMA-style decoder that writes motion tokens after a text prefix (MotionMillion, section 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,17 @@ class Block(nn.Module):
         self.attn_out = nn.Linear(width, width, bias=False)
         self.gate_up = nn.Linear(width, 2 * config.mlp_width, bias=False)
         self.down = nn.Linear(config.mlp_width, width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        drop: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> Tensor:
+        """Both branches on ``x [B, T, d]``; attend mixes v by q and k (as ``project`` gives them), drop acts on a branch."""
+        x = x + drop(self.mix(attend(*self.project(x, table))))
+        return x + drop(self.mlp(x))
 
     def project(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q, k and plain v, each ``[B, H, T, hd]``, of ``x [B, T, d]``; table ``[B or 1, T, hd / 2, 2]``."""
@@ -120,8 +131,7 @@ class MotionDecoder(nn.Module):
         visible = prefix_mask(text_mask.sum(1), positions)
         table = self.rotary()[None, :positions]
         for block in self.blocks:
-            x = x + drop(block.mix(attention(*block.project(x, table), visible)))
-            x = x + drop(block.mlp(x))
+            x = block(x, table, lambda q, k, v: attention(q, k, v, visible), drop)
         return self.norm(x)
 
     def _text(self, features: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class FileCheckpoints:
 
         Raises ``UserError`` when there are checkpoints and all are damaged.
         """
-        problems = []
+        problems: list[str] = []
         for path in (self.run / LAST, self.run / PREVIOUS):
             if not path.exists():
                 continue

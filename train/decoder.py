@@ -23,6 +23,7 @@ from kinetok.motion.skeleton import CANONICAL_OFFSETS, FPS
 from kinetok.train.data.augment import heading, lengthen, liveliness, turn_caption
 from kinetok.train.data.store import Clip, mirror_words, read_clips
 from kinetok.train.loop import fit
+from kinetok.train.packing import IGNORED
 from kinetok.train.recipes import MINI_BANK, DecoderRecipe, decoder_recipe
 from kinetok.train.tokenizer import draw_weights
 
@@ -31,7 +32,6 @@ SUBJECT = re.compile(r"^(a|the) (person|man|woman|human|figure)\b|^(someone|some
 POOLED_SCALE = 10.0
 TEXT_ENCODER = {"type": "minilm", "name": MiniLM.name, "pooled_scale": POOLED_SCALE}
 STANDING = "idle"  # labels of clips in which nothing is livelier than the rest
-IGNORED = -100
 MANY_CLASSES = 16384  # from here on the logits, not the activations, are what fills the memory
 
 

@@ -1,0 +1,126 @@
+"""Sequences one after another without padding: every position of a batch is one that counts (section 3)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kinetok.errors import UserError
+from kinetok.kernels.attention import prefix_attention
+from kinetok.kernels.cross_entropy import linear_cross_entropy
+from kinetok.model.config import DecoderConfig
+from kinetok.model.decoder import MotionDecoder
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """B sequences of ``lengths [B]`` positions, of which the first ``text_lengths [B]`` are text: N positions in all.
+
+    tokens, targets int64 ``[N]`` (pads where text is, ``IGNORED`` where nothing is predicted); text ``[M, D]``, the features
+    of all text positions; text_at int64 ``[M]``, where they go; slot int64 ``[N]``, each position's place among B x longest;
+    at int64 ``[N]``, its number in its sequence. longest is the length of the longest sequence.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    text: Tensor
+    text_at: Tensor
+    slot: Tensor
+    at: Tensor
+    text_lengths: Tensor
+    lengths: Tensor
+    longest: int
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "longest"
+        }
+        return replace(self, **moved)
+
+
+def pack(items: Sequence[tuple[Tensor, Tensor]], config: DecoderConfig) -> PackedBatch:
+    """(text features ``[L, D]``, motion tokens ``[m]``) of whole clips to a batch; each ends with the end token.
+
+    Raises ``UserError`` for no items, an item without text, and one longer than ``block_size``.
+    """
+    if not items:
+        raise UserError("expected at least one sequence to pack, got none")
+    tokens, targets, places = [], [], []
+    text_lengths = torch.tensor([len(features) for features, _ in items])
+    lengths = text_lengths + torch.tensor([len(motion) + 1 for _, motion in items])
+    longest = int(lengths.max())
+    if longest > config.block_size or int(text_lengths.min()) < 1:
+        raise UserError(
+            f"expected 1 text feature or more and at most {config.block_size} positions a sequence, "
+            f"got {int(text_lengths.min())} and {longest}"
+        )
+    start = 0
+    for features, motion in items:
+        text = len(features)
+        row = torch.cat((motion.new_full((text,), config.pad_id), motion, motion.new_tensor([config.end_id])))
+        target = torch.full_like(row, IGNORED)
+        target[text - 1 : -1] = row[text:]
+        tokens.append(row)
+        targets.append(target)
+        places.append(torch.arange(start, start + text))
+        start += len(row)
+    rows = torch.repeat_interleave(torch.arange(len(items)), lengths)
+    at = torch.arange(start) - (lengths.cumsum(0) - lengths)[rows]
+    return PackedBatch(
+        tokens=torch.cat(tokens),
+        targets=torch.cat(targets),
+        text=torch.cat([features for features, _ in items]),
+        text_at=torch.cat(places),
+        slot=rows * longest + at,
+        at=at,
+        text_lengths=text_lengths,
+        lengths=lengths,
+        longest=longest,
+    )
+
+
+class PackedDecoder(nn.Module):
+    """A decoder on packed batches: products, norms and the head see N positions; attention alone sees rows.
+
+    checkpointing: keep the blocks' inputs only, and compute the rest again in the backward pass.
+    """
+
+    def __init__(self, decoder: MotionDecoder, *, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.checkpointing = checkpointing
+
+    def states(self, batch: PackedBatch) -> Tensor:
+        """What the head multiplies, ``[N, d]``."""
+        decoder = self.decoder
+        x = decoder.embed(batch.tokens)
+        text = decoder.text_proj(batch.text.to(decoder.text_proj.weight.dtype))
+        x = x.index_copy(0, batch.text_at, text.to(x.dtype))[None]
+        table = decoder.rotary()[batch.at][None]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """``[1, H, N, hd]`` through the operator's ragged rows and back."""
+            rows = len(batch.lengths)
+
+            def ragged(y: Tensor) -> Tensor:
+                y = y[0].transpose(0, 1)
+                room = y.new_zeros(rows * batch.longest, *y.shape[1:])
+                return room.index_copy(0, batch.slot, y).unflatten(0, (rows, batch.longest))
+
+            mixed = prefix_attention(ragged(q), ragged(k), ragged(v), batch.text_lengths, batch.lengths)
+            return mixed.flatten(0, 1)[batch.slot].transpose(0, 1)[None]
+
+        for block in decoder.blocks:
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, table, attend, use_reentrant=False)
+            else:
+                x = block(x, table, attend)
+        return decoder.norm(x)[0]
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Mean cross-entropy over the targets that count, a scalar in fp32 (fp64 in fp64)."""
+        return linear_cross_entropy(self.states(batch), self.decoder.head.weight, batch.targets, IGNORED)
