@@ -1,10 +1,4 @@
-"""Skinny products in Triton: weights stream through once, in tiles of 64 rows; the batch is the narrow side.
-
-The weight is the left operand, so every batch runs the same matrix instructions and sums along K in the same order: tile
-after tile, then the parts of a split K in their order. Nothing is added by floating-point atomics.
-"""
-
-from typing import Any
+"""Skinny products in Triton: weights stream through once, in tiles of 64 rows; the batch is the narrow side."""
 
 import torch
 import triton
@@ -12,151 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kinetok.kernels.aot import AotCase
-from kinetok.kernels.linear.packing import BATCH, LEAST_BATCH_TILE, ROWS, split_k, tile_columns
-
-QUANTUM = tl.constexpr(2.0**22)
-
-
-@triton.jit
-def _halve(x):
-    """Sum neighbours of the last axis: a reduction whose order is written down, not left to the layout."""
-    left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-    return left + right
-
-
-@triton.jit
-def _squares(x):
-    """Squares of ``x [B, W]`` in sums of eight neighbours ``[B, W / 8]``, fp32."""
-    x = x.to(tl.float32)
-    return _halve(_halve(_halve(x * x)))
-
-
-@triton.jit
-def _sum_columns(x):
-    """Row sums of ``x [B, 4, 8 or 16]`` as a fixed tree."""
-    if x.shape[1] == 16:
-        x = _halve(x)
-    if x.shape[1] == 8:
-        x = _halve(x)
-    return tl.reshape(_halve(_halve(x)), (x.shape[0],))
-
-
-@triton.jit
-def _number(words, LANE: tl.constexpr, dtype: tl.constexpr, KIND: tl.constexpr):
-    """One lane of the words in ``dtype``, without their scale: exact, from 2.5 instructions. int8 and int4 as 2^-22 of it.
-
-    Bits of a word in a float's low places are that whole number times 2^-149, which one multiply-add brings to 2^-22 and
-    centres, wherever the lane lies. Lanes beyond bit 23 are shifted down first.
-    """
-    if KIND == "int8" or KIND == "int4":
-        SIZE: tl.constexpr = 8 if KIND == "int8" else 4
-        AT: tl.constexpr = LANE * SIZE % 24
-        bits = (words if LANE * SIZE < 24 else words >> 24) & ((1 << SIZE) - 1 << AT)
-        unit = tl.full(words.shape, 2.0 ** (127 - AT), tl.float32)
-        zero = tl.full(words.shape, -(2.0 ** (SIZE - 23)), tl.float32)
-        return tl.fma(bits.to(tl.float32, bitcast=True), unit, zero).to(dtype)
-    elif KIND == "fp8":  # by hand, as Ampere lacks the conversion: its bits in a float's places are 2^-120 of it
-        sign = (words << (24 - 8 * LANE)) & -2147483648
-        rest = (words << (20 - 8 * LANE) if LANE < 3 else words >> 4) & 0x07F00000
-        return ((sign | rest).to(tl.float32, bitcast=True) * 1.329227995784916e36).to(dtype)
-    else:
-        return words
-
-
-@triton.jit
-def product(
-    x_ptr,
-    data_ptr,
-    scale_ptr,
-    partial_ptr,
-    counter_ptr,
-    batch,
-    x_stride,
-    COLUMNS: tl.constexpr,
-    KIND: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BATCH_TILE: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Unscaled sums ``[64, BATCH_TILE]`` of a row tile, sums of squares ``[BATCH_TILE]`` of x, and whether they are whole.
-
-    Grid (batch tiles, SPLIT, row tiles). With a split K only the program that comes last has whole sums.
-    """
-    ROWS: tl.constexpr = 64
-    TILES: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
-    SHARE: tl.constexpr = (TILES + SPLIT - 1) // SPLIT
-    LANES: tl.constexpr = 8 if KIND == "int4" else 4 if KIND == "int8" or KIND == "fp8" else 1
-    STORED: tl.constexpr = WIDTH // LANES
-    part, tile = tl.program_id(1), tl.program_id(2)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    row, at = tl.arange(0, ROWS), tl.arange(0, STORED)
-    b = tl.program_id(0) * BATCH_TILE + tl.arange(0, BATCH_TILE)
-    data = data_ptr + tile.to(tl.int64) * (TILES * ROWS * STORED) + (row[:, None] * STORED + at[None, :])
-    x_row = x_ptr + b[:, None].to(tl.int64) * x_stride
-    total = tl.zeros([ROWS, BATCH_TILE], tl.float32)
-    squares = tl.zeros([BATCH_TILE, STORED // 8], tl.float32)
-    for step in tl.range(part * SHARE, tl.minimum(part * SHARE + SHARE, TILES), num_stages=STAGES):
-        words = tl.load(data + step * (ROWS * STORED), eviction_policy="evict_first")
-        sums = total
-        for lane in tl.static_range(LANES):
-            k = step * WIDTH + lane * STORED + at
-            x = tl.load(x_row + k[None, :], mask=(b[:, None] < batch) & (k[None, :] < COLUMNS), other=0.0)
-            if NORMALISE:
-                squares += _squares(x)
-            number = _number(words, lane, dtype, KIND)
-            if GROUP and lane * STORED % (GROUP or 1) == 0:
-                sums = tl.dot(number, tl.trans(x), input_precision="ieee")
-            else:
-                sums = tl.dot(number, tl.trans(x), sums, input_precision="ieee")
-            if (lane + 1) * STORED % (GROUP or 1 << 30) == 0:
-                group = (tile * TILES + step) * (WIDTH // GROUP) + lane * STORED // GROUP
-                scale = tl.load(scale_ptr + group * ROWS + row).to(tl.float32) * QUANTUM
-                total = tl.fma(sums, tl.broadcast_to(scale[:, None], sums.shape), total)
-        if not GROUP:
-            total = sums
-    square = _sum_columns(squares)
-    whole = True
-    if SPLIT > 1:
-        place = tile * tl.num_programs(0) + tl.program_id(0)
-        SIZE: tl.constexpr = (ROWS + 1) * BATCH_TILE
-        column = tl.arange(0, BATCH_TILE)
-        here = partial_ptr + place.to(tl.int64) * (SPLIT * SIZE)
-        entry = row[:, None] * BATCH_TILE + column[None, :]
-        tl.store(here + part * SIZE + entry, total)
-        tl.store(here + part * SIZE + ROWS * BATCH_TILE + column, square)
-        tl.debug_barrier()  # all of the program's stores come before its thread 0 counts it
-        whole = tl.atomic_add(counter_ptr + place, 1, sem="acq_rel") == SPLIT - 1
-        if whole:
-            total = tl.zeros([ROWS, BATCH_TILE], tl.float32)
-            square = tl.zeros([BATCH_TILE], tl.float32)
-            for other in range(SPLIT):
-                total += tl.load(here + other * SIZE + entry, cache_modifier=".cg")
-                square += tl.load(here + other * SIZE + ROWS * BATCH_TILE + column, cache_modifier=".cg")
-            tl.store(counter_ptr + place, 0)
-    return total, square, whole
-
-
-@triton.jit
-def scaled(
-    total,
-    square,
-    scale_ptr,
-    eps,
-    COLUMNS: tl.constexpr,
-    KIND: tl.constexpr,
-    GROUP: tl.constexpr,
-    NORMALISE: tl.constexpr,
-):
-    """The whole sums of ``product`` times the rows' scales and the factors of RMSNorm."""
-    if (KIND == "int8" or KIND == "fp8") and not GROUP:
-        scale = tl.load(scale_ptr + tl.program_id(2) * 64 + tl.arange(0, 64))
-        total *= (scale * QUANTUM if KIND == "int8" else scale)[:, None]
-    if NORMALISE:
-        total *= tl.rsqrt(square / COLUMNS + eps)[None, :]
-    return total
+from kinetok.kernels.linear.product import WEIGHT_TYPE, adjacent, case, launches, product, scaled, sizes
 
 
 @triton.jit
@@ -216,36 +66,6 @@ def linear_kernel(
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def batch_tile(batch: int, kind: str) -> int:
-    """Rows of x in one program: 16, 32 or (int4 would spill) 64. Fewer than 16 would take other matrix instructions."""
-    return min(max(triton.next_power_of_2(batch), 16), LEAST_BATCH_TILE if kind == "int4" else 64)
-
-
-def stages(tile: int) -> int:
-    """Tiles in flight: what fits in 99 KB of shared memory with a 16-bit weight."""
-    return 3 if tile == 64 else 4
-
-
-def options(tile: int) -> dict[str, Any]:
-    """Compile options: what becomes one multiply-add is said by tl.fma, else it could depend on the size of the batch.
-
-    Without a bound on registers the assembler for Blackwell aims at 80 and spills.
-    """
-    return {"num_warps": 4, "maxnreg": 168 if tile == 64 else 128, "enable_fp_fusion": False}
-
-
-def adjacent(rows: Tensor) -> Tensor:
-    """``rows [B, K]`` with adjacent numbers."""
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def workspace(x: Tensor, split: int, row_tiles: int, tile: int) -> Tensor:
-    """Partial sums of a split K; no memory where there is none."""
-    batch_tiles = triton.cdiv(min(len(x), BATCH), tile)
-    size = row_tiles * batch_tiles * split * (ROWS + 1) * tile if split > 1 else 0
-    return torch.empty(size, device=x.device, dtype=torch.float32)
-
-
 def packed_linear(
     x: Tensor,
     data: Tensor,
@@ -261,78 +81,32 @@ def packed_linear(
 ) -> Tensor:
     outputs = rows // 2 if swiglu else rows
     y = torch.empty((len(x), outputs), device=x.device, dtype=torch.float32 if wide else x.dtype)
-    x = adjacent(x)
-    added = x if residual is None else adjacent(residual)
-    split, tile = split_k(rows, x.shape[1], kind), batch_tile(len(x), kind)
-    partial = workspace(x, split, len(data), tile)
-    for first in range(0, len(x), BATCH):
-        some = x[first : first + BATCH]
-        linear_kernel[(triton.cdiv(len(some), tile), split, len(data))](
-            some,
-            data,
-            data if scale is None else scale,
-            added[first : first + BATCH],
-            y[first : first + BATCH],
-            partial,
-            counters,
-            len(some),
-            x.stride(0),
-            added.stride(0),
-            0.0 if eps is None else eps,
+    added = y if residual is None else adjacent(residual)
+    for some, grid, shared in launches(x, data, scale, counters, kind, group, rows, eps):
+        linear_kernel[grid](
+            residual_ptr=added[some],
+            y_ptr=y[some],
+            residual_stride=added.stride(0),
             OUTPUTS=outputs,
-            COLUMNS=x.shape[1],
-            KIND=kind,
-            GROUP=group,
-            WIDTH=tile_columns(kind),
-            SPLIT=split,
-            BATCH_TILE=tile,
-            NORMALISE=eps is not None,
             SWIGLU=swiglu,
             HAS_RESIDUAL=residual is not None,
-            STAGES=stages(tile),
-            **options(tile),
+            **shared,
         )
     return y
 
 
-TRITON_TYPE = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", **dict.fromkeys(("int8", "int4", "fp8"), "*i32")}
-
-
 def _case(model: str, layer: str, outputs: int, columns: int, kind: str, group: int = 0, tile: int = 16) -> AotCase:
     swiglu = layer == "gate_up"
-    rows = 2 * outputs if swiglu else outputs
-    split = split_k(rows, columns, kind)
-    activation = TRITON_TYPE[kind if kind in ("fp32", "fp16") else "bf16"]
-    pointers: dict[str, str] = {
-        "x_ptr": activation,
-        "data_ptr": TRITON_TYPE[kind],
-        "scale_ptr": "*bf16" if group else "*fp32",
-        "residual_ptr": activation,
-        "y_ptr": activation,
-        "partial_ptr": "*fp32",
-        "counter_ptr": "*i32",
-    }
-    return AotCase(
-        name=f"linear_{model}_{layer}_{kind}{f'_g{group}' if group else ''}_b{tile}",
-        kernel=linear_kernel,
-        signature={**pointers, **dict.fromkeys(("batch", "x_stride", "residual_stride"), "i32"), "eps": "fp32"},
-        constexprs={
-            "OUTPUTS": outputs,
-            "COLUMNS": columns,
-            "KIND": kind,
-            "GROUP": group,
-            "WIDTH": tile_columns(kind),
-            "SPLIT": split,
-            "BATCH_TILE": tile,
-            "NORMALISE": layer in ("qkv", "gate_up", "head"),
-            "SWIGLU": swiglu,
-            "HAS_RESIDUAL": layer in ("out", "down"),
-            "STAGES": stages(tile),
-        },
-        aligned=(*pointers, "x_stride", "residual_stride"),
-        options=options(tile),
-        is_matmul=kind != "fp32",
-        warpgroup=kind != "fp32",
+    normalise = layer in ("qkv", "gate_up", "head")
+    constants = sizes(2 * outputs if swiglu else outputs, columns, kind, group, tile, normalise)
+    activation = WEIGHT_TYPE[kind if kind in ("fp32", "fp16") else "bf16"]
+    return case(
+        f"linear_{model}_{layer}_{kind}{f'_g{group}' if group else ''}_b{tile}",
+        linear_kernel,
+        {**constants, "OUTPUTS": outputs, "SWIGLU": swiglu, "HAS_RESIDUAL": layer in ("out", "down")},
+        {"residual_ptr": activation, "y_ptr": activation},
+        {"residual_stride": "i32"},
+        ("residual_stride",),
     )
 
 
