@@ -5,13 +5,15 @@ needs no transpose.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinetok.errors import UserError
-from kinetok.kernels.fsq import fsq_dequantize, fsq_encode
+from kinetok.kernels.detokenizer import conv, conv_idwt, fold_projection, fsq_conv
+from kinetok.kernels.fsq import fsq_encode
 from kinetok.kernels.wavelet import Mode, dwt, idwt
 from kinetok.model.config import TokenizerConfig
 
@@ -47,13 +49,7 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, in]`` to ``[B, T', out]``."""
-        taps = self.weight.shape[1]
-        if taps == 1:
-            return F.linear(x, self.weight[:, 0], self.bias)
-        x = F.pad(x, (0, 0, *self.padding))
-        reach = x.shape[1] - (taps - 1) * self.dilation
-        columns = [x[:, k * self.dilation : k * self.dilation + reach : self.stride] for k in range(taps)]
-        return F.linear(torch.cat(columns, dim=-1), self.weight.flatten(1), self.bias)
+        return conv(x, self.weight, self.bias, self.padding, self.dilation, self.stride)
 
 
 class _GroupNorm(nn.GroupNorm):
@@ -226,8 +222,12 @@ class MotionTokenizer(nn.Module):
         weight, bias = (project.weight, project.bias) if isinstance(project, nn.Linear) else (None, None)
         return fsq_encode(self.latents(frames), weight, bias, config.levels)
 
-    def decode(self, indices: Tensor) -> Tensor:
-        """Tokens ``[B, n]`` to normalised frames ``[B, n * frames_per_token, 272]``, each row a clip of its own."""
+    def decode(self, indices: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Tokens ``[B, n]`` to frames ``[B, n * frames_per_token, 272]``, each row a clip of its own.
+
+        The frames are normalised, or times scale plus shift ``[272]`` (the data's std and mean). On a GPU the first two
+        layers are one kernel, and so are the last convolution, the wavelet and the scale; gradients do not pass there.
+        """
         config = self.config
         if indices.ndim != 2 or indices.shape[1] == 0 or indices.is_floating_point():
             raise UserError(
@@ -237,5 +237,15 @@ class MotionTokenizer(nn.Module):
             raise UserError(
                 f"expected tokens from 0 to {config.codebook - 1}, got {int(indices.min())} to {int(indices.max())}"
             )
-        codes = fsq_dequantize(indices, config.levels)
-        return self.frames(self.project_out(codes.to(self.decoder.last.weight.dtype)))
+        first, last, project = self.decoder.first, self.decoder.last, self.project_out
+        weight, bias = (project.weight, project.bias) if isinstance(project, nn.Linear) else (None, None)
+        table = fold_projection(first.weight, weight, bias)
+        x = fsq_conv(indices, table, first.bias, config.levels, first.padding, first.dilation)
+        for stage in self.decoder.stages:
+            x = stage(x)
+        x = self.decoder.middle(x)
+        end = partial(conv_idwt, x, last.weight, last.bias, padding=last.padding, dilation=last.dilation)
+        if config.patcher in ("haar", "none"):
+            return end(levels=self.wavelet_levels, scale=scale, shift=shift)
+        frames = self.unpatch(end(levels=0))
+        return frames if scale is None or shift is None else torch.addcmul(shift, frames, scale)

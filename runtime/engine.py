@@ -104,8 +104,8 @@ class Engine:
         """Tokens to features ``[T, 272]``, not normalised. ``UserError`` when the model decodes to NaN or infinity."""
         model = self.model
         device = model.tokenizer.decoder.last.weight.device
-        frames = model.tokenizer.decode(torch.tensor([list(tokens)], device=device))[0]
-        x = frames.double().cpu().numpy() * model.std + model.mean
+        scale, shift = (torch.from_numpy(x).to(device, torch.float32) for x in (model.std, model.mean))
+        x = model.tokenizer.decode(torch.tensor([list(tokens)], device=device), scale, shift)[0].double().cpu().numpy()
         if not np.isfinite(x).all():
             raise UserError("the model decoded to NaN or infinity; are its weights whole?")
         return x

@@ -50,10 +50,10 @@ def _index(rounded, d, width: tl.constexpr, basis: tl.constexpr):
 
 
 @triton.jit
-def _digit(indices, basis: tl.constexpr, level: tl.constexpr, width: tl.constexpr):
+def digit(indices, basis: tl.constexpr, level: tl.constexpr, width: tl.constexpr):
     """The code of one level, (digit - floor(l/2)) / floor(l/2), rounded as the definition rounds it."""
-    digit = (indices // basis) % level - width
-    return tl.div_rn(digit.to(tl.float32), tl.full(digit.shape, width, tl.float32))
+    centred = (indices // basis) % level - width
+    return tl.div_rn(centred.to(tl.float32), tl.full(centred.shape, width, tl.float32))
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _decode(
         total += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         for j in tl.static_range(n):
             weight = tl.load(weight_ptr + c * n + j, mask=c < C, other=0.0).to(tl.float32)
-            total += _digit(indices, basis[j], levels[j], width[j])[:, None] * weight[None, :]
+            total += digit(indices, basis[j], levels[j], width[j])[:, None] * weight[None, :]
         tl.store(base + c[None, :], total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (c < C)[None, :])
 
 
@@ -189,7 +189,7 @@ def _dequantize(
     indices = tl.load(indices_ptr + row, mask=row < rows, other=0).to(tl.int32)
     codes = tl.zeros([BN, ND], tl.float32)
     for j in tl.static_range(n):
-        codes = tl.where(d == j, _digit(indices, basis[j], levels[j], width[j])[:, None], codes)
+        codes = tl.where(d == j, digit(indices, basis[j], levels[j], width[j])[:, None], codes)
     tl.store(codes_ptr + row.to(tl.int64)[:, None] * n + d, codes, mask=(row < rows)[:, None] & (d < n))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kinetok.errors import UserError
+from kinetok.kernels.fsq import fsq_dequantize
 from kinetok.model.config import FSQ_LEVELS, TokenizerConfig
 from kinetok.model.tokenizer import MotionTokenizer
 
@@ -60,6 +61,17 @@ def test_patches_come_back_and_carry_gradients(patcher: str) -> None:
     torch.testing.assert_close(model.unpatch(patches), frames, atol=1e-6, rtol=0)
     model.frames(model.project_out(model.project_in(model.latents(frames)))).square().sum().backward()
     assert frames.grad.abs().sum(dim=(0, 2)).min() > 0
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("patcher", ["none", "haar", "db2", "rearrange"])
+def test_decode_is_its_stages_times_scale_plus_shift(patcher: str, causal: bool) -> None:
+    for changes in ({"kernel_size": 5}, {"kernel_size": 1}, {"code_dim": 3}):
+        model = small(patcher=patcher, patch_size=1 if patcher == "none" else 4, causal=causal, **changes)
+        tokens, (scale, shift) = torch.randint(240, (2, 5)), torch.randn(2, 12)
+        frames = model.frames(model.project_out(fsq_dequantize(tokens, model.config.levels)))
+        torch.testing.assert_close(model.decode(tokens), frames, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.decode(tokens, scale, shift), frames * scale + shift, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("nb_code", FSQ_LEVELS)
