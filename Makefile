@@ -40,7 +40,8 @@ lint: $(STAMP) ## ruff, import-linter and mypy
 	$(BIN)/mypy
 
 bench: $(STAMP) ## the benchmarks: figures on the screen and in benchmarks/results
-	$(BIN)/python benchmarks/runtime/bench_decode.py --json benchmarks/results/decode_cpu.json
+	$(BIN)/kinetok bench decode --preset 111M --peers uncached,hf --json benchmarks/results/decode_111M_cpu.json
+	$(BIN)/kinetok bench tokenizer --preset default --json benchmarks/results/tokenizer_default_cpu.json
 	$(BIN)/python benchmarks/runtime/bench_default.py --json benchmarks/results/default_cpu.json
 
 train: $(STAMP) ## train the default model's recipe on data/cmu, under an hour on two cores; resumes

@@ -67,8 +67,8 @@ plain() {
 
 step correctness 170 "$PYTHON" benchmarks/kernels/check_gpu.py --json "$OUT/correctness.json" --seconds 150
 plain "${OPS[@]:0:2}"
-step decode 60 "$PYTHON" benchmarks/runtime/bench_decode.py --device cuda --dtype bfloat16 --preset 1B --repeats 3 \
-  --json "$OUT/decode_1B.json"
+step decode 90 "$PYTHON" -m kinetok bench decode --device cuda --dtype bf16 --preset 7B --tokens 150 --peers hf,graph \
+  --json "$OUT/decode_7B.json"
 plain "${OPS[@]:2}"
 for op in "${OPS[@]}"; do
   kernel "$op" 60 --seconds 0.2 --json "$OUT/kernels_${op}_compile.json"

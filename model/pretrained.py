@@ -288,7 +288,7 @@ def load_pretrained(
     """
     folder = find_model(path_or_id)
     manifest = _read_manifest(folder)
-    place = _place(device)
+    place = choose_device(device)
     tensors = {name: _read_shards(folder, manifest, name) for name in ("tokenizer", "decoder")}
     stored = {name: widest(value.dtype for value in values.values()) for name, values in tensors.items()}
     dtypes = {"tokenizer": torch.float32, "decoder": _decoder_dtype(dtype, place, stored["decoder"])}
@@ -326,7 +326,8 @@ def _section(manifest: Mapping[str, Any], name: str, folder: Path) -> dict[str, 
     return value
 
 
-def _place(device: str | torch.device) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
+    """"auto" is CUDA where there is one. ``UserError`` for a device that torch does not see."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return torch.device("cuda" if count else "cpu")

@@ -91,8 +91,8 @@ def main() -> None:
         sys.exit(run_family(options.family, options.json))
     import torch
 
-    sys.path.append(str(HERE.parent))
-    from machine import machine
+    sys.path.append(str(ROOT / "src"))
+    from kinetok.runtime.bench.machine import machine
 
     if not torch.cuda.is_available():
         print("check_gpu.py: torch finds no CUDA GPU; nothing was checked", file=sys.stderr)

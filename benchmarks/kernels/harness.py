@@ -30,10 +30,8 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +39,12 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from machine import machine
-
 from kinetok.files import whole_file
+from kinetok.runtime.bench.clock import Clock, copy_bandwidth, matmul_rate, this_device
+from kinetok.runtime.bench.machine import machine
 
 SCHEMA = 1
 PERCENTILES = (20, 50, 80)
-CPU_FLUSH = 128 << 20  # bytes; four times the last-level cache of the machines this runs on
 Route = Callable[..., Any]
 
 
@@ -97,72 +92,9 @@ def half(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def this_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class Clock:
-    """Seconds of one call at a time, caches flushed before it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if self.cuda else CPU_FLUSH // 2
-        self.flush = torch.empty(2 * cache_bytes, dtype=torch.int8, device=device)
-
-    def once(self, call: Callable[[], Any]) -> float:
-        self.flush.fill_(1)
-        if not self.cuda:
-            began = time.perf_counter()
-            call()
-            return time.perf_counter() - began
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    def all(self, calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-        """Times of each call, taken in turns so that a drift meets all of them, in about ``seconds`` a call."""
-        for call in calls.values():
-            for _ in range(2):
-                call()
-        longest = max(self.once(call) for call in calls.values())
-        repeats = min(200, max(5, round(seconds / max(longest, 1e-6))))
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        order = list(calls)
-        for _ in range(repeats):
-            for name in order:
-                times[name].append(self.once(calls[name]))
-            order.append(order.pop(0))  # a busy neighbour must not always meet the same route
-        return times
-
-
 def percentiles(times: Sequence[float]) -> dict[str, float]:
     cuts = statistics.quantiles(times, n=100, method="inclusive")
     return {f"p{p}": cuts[p - 1] for p in PERCENTILES}
-
-
-@cache
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read plus written, of a large copy on ``device``."""
-    source = torch.empty((1 << 30) if device.type == "cuda" else (256 << 20), dtype=torch.int8, device=device).fill_(3)
-    target = torch.empty_like(source)
-    times = Clock(device).all({"copy": lambda: target.copy_(source)}, 0.5)["copy"]
-    return 2 * source.nbytes / statistics.median(times)
-
-
-@cache
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point (int8: integer) operations a second of a large square product on random numbers."""
-    side = 8192 if device.type == "cuda" else 1024
-    if dtype == torch.int8:
-        a, b = (torch.randint(-99, 99, (side, side), device=device, dtype=dtype) for _ in range(2))
-        product = lambda: torch._int_mm(a, b.T)  # noqa: E731
-    else:
-        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-        product = lambda: a @ b.T  # noqa: E731
-    return 2 * side**3 / statistics.median(Clock(device).all({"product": product}, 0.5)["product"])
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -1,91 +1,42 @@
-"""Cached against uncached greedy decoding, side by side: ``python benchmarks/runtime/bench_decode.py --json FILE``.
+"""The points of ``kinetok bench decode`` under pytest-benchmark: ``pytest benchmarks/runtime --benchmark-only``.
 
-The uncached route recomputes the whole sequence for each token with logits for all positions, as the reference does.
-That both write the same tokens is checked in fp32, whatever dtype is timed: in half precision near ties may fall either way.
+One clip of 50 tokens by each route that runs here, after a check that it writes our tokens. For figures with limits,
+percentiles and ratios use ``kinetok bench decode``; this is for tracking a change from commit to commit.
 """
 
-import argparse
-import json
-import statistics
-import sys
-import time
-from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from machine import machine
-
-from kinetok.files import whole_file
-from kinetok.model.decoder import MotionDecoder
 from kinetok.model.presets import decoder_preset
+from kinetok.runtime.bench import decode, routes
+from kinetok.runtime.bench.clock import this_device
+
+TEXT, TOKENS = 20, 50
+SIZES = {"111M": {}} if not torch.cuda.is_available() else {"111M": {}, "1B": {}, "7B": {}}
 
 
-@torch.inference_mode()
-def cached(decoder: MotionDecoder, text: torch.Tensor, count: int) -> list[int]:
-    cache = decoder.new_cache(1, len(text) + count)
-    logits = decoder.prefill([text], cache)
-    tokens = [int(logits.argmax())]
-    while len(tokens) < count:
-        tokens.append(int(decoder.decode_step(torch.tensor(tokens[-1:], device=text.device), cache).argmax()))
-    return tokens
+@pytest.fixture(scope="module", params=SIZES)
+def decoder(request: pytest.FixtureRequest) -> Any:
+    device = this_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return routes.random_decoder(decoder_preset(request.param, **SIZES[request.param]), device, dtype)
 
 
-@torch.inference_mode()
-def uncached(decoder: MotionDecoder, text: torch.Tensor, count: int) -> list[int]:
-    tokens: list[int] = []
-    mask = torch.ones(1, len(text), device=text.device)
-    while len(tokens) < count:
-        row = torch.tensor([[decoder.config.pad_id] * len(text) + tokens], device=text.device)
-        tokens.append(int(decoder(row, text[None], mask)[0, -1].argmax()))
-    return tokens
+@pytest.mark.parametrize("name", ["ours", *(peer for peer in decode.PEERS if peer != "compile")])
+def test_decode(benchmark: Any, decoder: Any, name: str) -> None:
+    try:
+        route = decode.route(name, decoder, 1, TEXT + TOKENS)
+    except routes.CannotRun as reason:
+        pytest.skip(f"{name}: {reason}")
+    features = torch.randn(1, TEXT, decoder.config.text_dim, device=decoder.embed.weight.device)
+    ours = decode.route("ours", decoder, 1, TEXT + TOKENS).run(features, TOKENS, lambda: None)
+    assert decode.agree(decoder, features, ours, route.run(features, TOKENS, lambda: None))["passed"]
 
+    def call() -> None:
+        route.run(features, TOKENS, lambda: None)
+        if features.is_cuda:
+            torch.cuda.synchronize()
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="111M")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[50, 150])
-    parser.add_argument("--text", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    about = machine(options.device)
-    decoder = MotionDecoder(decoder_preset(options.preset)).eval().to(options.device)
-    text = torch.randn(options.text, decoder.config.text_dim, device=options.device)
-    # Random weights may name the end token, which is then just another id: both routes write as many tokens as asked for.
-    for count in options.tokens:
-        if cached(decoder, text, count) != uncached(decoder, text, count):
-            sys.exit(f"the two routes disagree at {count} tokens: no speed is reported")
-    decoder.to(getattr(torch, options.dtype))
-    rows = []
-    for count in options.tokens:
-        cached(decoder, text, 2), uncached(decoder, text, 2)
-        times: dict[str, list[float]] = {"cached": [], "uncached": []}
-        for _ in range(options.repeats):
-            for name, route in (("cached", cached), ("uncached", uncached)):
-                began = time.perf_counter()
-                route(decoder, text, count)
-                times[name].append(time.perf_counter() - began)
-        median = {name: statistics.median(values) for name, values in times.items()}
-        rate = {name: count / value for name, value in median.items()}
-        ratio = median["uncached"] / median["cached"]
-        rows.append({"tokens": count, "tok_per_s": rate, "ratio": ratio, "seconds": times})
-        print(
-            f"{options.preset} {count} tokens: " + ", ".join(f"{n} {v:.1f} tok/s" for n, v in rate.items()),
-            f"{ratio:.2f}x",
-        )
-        if options.json:
-            names = ("preset", "text", "threads", "dtype")
-            setting = {**about, **{name: getattr(options, name) for name in names}}
-            with whole_file(options.json) as path:
-                path.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    benchmark.pedantic(call, rounds=5, warmup_rounds=1)

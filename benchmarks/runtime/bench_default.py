@@ -12,9 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from machine import cpu_name
+from kinetok.runtime.bench.machine import cpu_name
 
 FIRST_CLIP = """
 import sys

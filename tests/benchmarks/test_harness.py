@@ -8,13 +8,15 @@ import pytest
 import torch
 from harness import Bench, Case
 
+from kinetok.runtime.bench import clock
+
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Limits that need no measuring, and a cache of a page."""
-    monkeypatch.setattr(harness, "CPU_FLUSH", 4096)
+    monkeypatch.setattr(clock, "CPU_FLUSH", 4096)
     monkeypatch.setattr(harness, "copy_bandwidth", lambda device: 1e10)
     monkeypatch.setattr(harness, "matmul_rate", lambda device, dtype: 1e11)
 

@@ -1,5 +1,6 @@
 """What a result file says about the machine and the software that made it."""
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -7,13 +8,13 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).resolve()
 GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
 def _output(*command: str) -> str | None:
     try:
-        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=30)
+        run = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() if run.returncode == 0 else None
@@ -50,7 +51,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         triton = package.__version__
     except ImportError:
         triton = None
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    # An installed copy may lie inside somebody else's repository, whose commit says nothing about ours.
+    ours = _output("git", "ls-files", "--error-unmatch", HERE.name) is not None
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", ":/") if ours else None
     return {
         **(
             _gpu(torch.cuda.current_device())
@@ -58,10 +61,12 @@ def machine(device: torch.device) -> dict[str, Any]:
             else {"device": cpu_name(), "threads": torch.get_num_threads()}
         ),
         "cpu": cpu_name(),
+        # Others' work at the start: figures from a machine with a neighbour at work mean little beyond their ratios.
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton,
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": _output("git", "rev-parse", "--short", "HEAD") if ours else None,
         "uncommitted_changes": None if changed is None else bool(changed),
     }
