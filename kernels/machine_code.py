@@ -39,15 +39,16 @@ def cases(family: str) -> dict[str, AotCase]:
     return by_name
 
 
-def names(chosen: Sequence[str]) -> list[tuple[str, str, int]]:
-    """(family, case, architecture) of everything that ``row`` can compile for the chosen families."""
-    return [
-        (family, name, arch)
-        for family in chosen
-        for name, case in cases(family).items()
-        for arch in SHARED_LIMIT
-        if not case.architectures or arch in case.architectures
-    ]
+def names(chosen: Sequence[str]) -> list[tuple[str, str, int, bool]]:
+    """(family, case, architecture, whether it is its kernel's first there) of all that ``row`` can compile for ``chosen``."""
+    found, seen = [], set()
+    for family in chosen:
+        for name, case in cases(family).items():
+            for arch in case.architectures or SHARED_LIMIT:
+                kernel = id(case.kernel), arch
+                found.append((family, name, arch, kernel not in seen))
+                seen.add(kernel)
+    return found
 
 
 def _instructions(cubin: bytes) -> dict[str, int]:

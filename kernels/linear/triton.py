@@ -116,11 +116,13 @@ def _aot() -> list[AotCase]:
         "3b": {"gate_up": (8704, 3200), "down": (3200, 8704)},
         "default": {"qkv": (576, 192), "gate_up": (512, 192), "head": (4376, 192)},
     }
-    cases = [_case("7b", layer, *shape, kind) for layer, shape in layers["7b"].items() for kind in ("bf16", "int8")]
+    cases = [_case("7b", "gate_up", *layers["7b"]["gate_up"], "int4", 64, 32)]  # first: it needs the most registers
+    cases += [_case("7b", layer, *shape, kind) for layer, shape in layers["7b"].items() for kind in ("bf16", "int8")]
     cases += [_case("7b", layer, *shape, "int4", 128) for layer, shape in layers["7b"].items()]
     cases += [_case("7b", "gate_up", *layers["7b"]["gate_up"], "bf16", tile=tile) for tile in (32, 64)]
     cases += [_case("7b", "down", *layers["7b"]["down"], kind, group) for kind, group in (("fp8", 0), ("int8", 128))]
-    cases += [_case("7b", "gate_up", *layers["7b"]["gate_up"], "int4", 64, 32)]
+    cases += [_case("7b", "gate_up", *layers["7b"]["gate_up"], kind, tile=64) for kind in ("int8", "fp8")]
+    cases += [_case("7b", "gate_up", *layers["7b"]["gate_up"], "int8", 64, 32)]
     cases += [_case("3b", layer, *shape, "bf16") for layer, shape in layers["3b"].items()]
     cases += [
         _case("default", layer, *shape, kind) for layer, shape in layers["default"].items() for kind in ("fp32", "fp16")
