@@ -109,7 +109,9 @@ def test_what_is_refused_stays_as_it_was(refused, command):
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
     (out / "prompts.json").write_text("[]")
     assert "expected the index of an earlier run" in refused(*arguments)
-    assert len(list(out.iterdir())) == 2
+    (out / "prompts.json").write_text('{"version": 2, "clips": {}}')
+    assert "expected an index of version 1, got version '2'" in refused(*arguments)
+    assert len(list(out.iterdir())) == 2 and "2" in (out / "prompts.json").read_text()
     assert "--format" in refused(*arguments, "--format", "exe")
     assert "--limit" in refused(*arguments, "--limit", 0)
 

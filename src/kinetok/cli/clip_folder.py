@@ -9,6 +9,7 @@ from typing import Any
 
 from kinetok.errors import UserError, missing_package
 
+VERSION = 1  # of the index
 FORMATS = {
     "bvh": ("pybvh",),
     "glb": ("pygltflib",),
@@ -81,7 +82,7 @@ class ClipFolder:
             **more,
             "files": files,
         }
-        text = json.dumps({"version": 1, "clips": self.clips}, indent=1, ensure_ascii=False)
+        text = json.dumps({"version": VERSION, "clips": self.clips}, indent=1, ensure_ascii=False)
         with whole_file(self.index) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -112,7 +113,14 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        clips = json.loads(path.read_text(encoding="utf-8"))["clips"]
-        return {str(stem): dict(entry) for stem, entry in clips.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        clips = {str(stem): dict(entry) for stem, entry in index["clips"].items()}
+        version = index["version"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: expected the index of an earlier run; move it away or name another folder") from error
+    if version != VERSION:
+        raise UserError(
+            f"{path}: expected an index of version {VERSION}, got version {str(version)[:20]!r}; move it away or name another "
+            "folder"
+        )
+    return clips
