@@ -31,12 +31,16 @@ def reconstruct(
 ) -> list[Reconstruction]:
     """Encode and decode the first ``most_frames`` of each clip, cut to whole tokens."""
     results = []
+    device = tokenizer.decoder.last.weight.device
     for clip in clips:
         unit = tokenizer.config.frames_per_token
         real = clip.features[: min(len(clip.features), most_frames) // unit * unit].astype(np.float64)
-        tokens = tokenizer.encode(torch.from_numpy(((real - mean) / std).astype(np.float32))[None])
-        decoded = tokenizer.decode(tokens)[0].double().numpy() * std + mean
-        results.append(Reconstruction(clip=clip, real=real, decoded=decoded, tokens=tokens[0].numpy().astype(np.int64)))
+        frames = torch.from_numpy(((real - mean) / std).astype(np.float32))[None].to(device)
+        tokens = tokenizer.encode(frames)
+        decoded = tokenizer.decode(tokens)[0].double().cpu().numpy() * std + mean
+        results.append(
+            Reconstruction(clip=clip, real=real, decoded=decoded, tokens=tokens[0].cpu().numpy().astype(np.int64))
+        )
     if not results:
         raise UserError("expected at least one clip to reconstruct, got none: is the split empty?")
     return results
