@@ -124,6 +124,19 @@ def distinct_pairs(
     return [(clip, caption) for caption, clip in owner.items()]
 
 
+def _pool_size(sets: Mapping[str, Sequence[tuple[str, ...]]], most: int) -> int:
+    """Distinct captions in a pool of R-precision: ``most``, or all that each of the named sets of clips has.
+
+    ``UserError`` where they are fewer than ``LEAST_POOL``.
+    """
+    sizes = {name: len(distinct_pairs(captions, np.random.default_rng(0))) for name, captions in sets.items()}
+    name = min(sizes, key=sizes.__getitem__)
+    size = min(most, sizes[name])
+    if size < LEAST_POOL:
+        raise UserError(f"expected at least {LEAST_POOL} distinct captions of the clips {name!r}, got {size}")
+    return size
+
+
 def _sample(evaluator: SmallEvaluator, features: NDArray, **more: float) -> Sample:
     x = np.asarray(features, dtype=np.float64)[:MOST_FRAMES]
     return Sample(evaluator.embed_motion(x), {**physical(x), **more})
@@ -158,7 +171,11 @@ def evaluate(
     if len(train) < 2:
         raise UserError(f"expected clips in the split train to compare with, got {len(train)}")
     train = _thinned(train, chosen.most_clips and 4 * chosen.most_clips)
-    texts = sorted({caption for clip in held_out for caption in clip.captions})
+    own, other = [clip.captions for clip in held_out], [clip.captions for clip in train]
+    # What can be refused is, before the model makes its clips: few captions, an absent text encoder.
+    _pool_size({chosen.split: own, "train": other}, chosen.pool)
+    words = {text: evaluator.embed_text(text) for text in sorted({t for part in (own, other) for c in part for t in c})}
+    texts = sorted({caption for captions in own for caption in captions})
     sentences = sum(1 + len(probe.paraphrases) * chosen.paraphrases for probe in chosen.probes)
     step = _Steps(told, len(train) + 2 * len(held_out) + len(texts) * chosen.samples + sentences * chosen.probe_seeds)
     cached = CachedEngine(engine, work, step)
@@ -176,7 +193,6 @@ def evaluate(
     made = {text: _generated(cached, evaluator, text, chosen) for text in texts}
     nearest = _nearest(texts, train)
 
-    own, other = [clip.captions for clip in held_out], [clip.captions for clip in train]
     rows = [
         Row(name="real", title="real test clips", captions=own, pick=lambda i, text, rng: real[i]),
         Row(name="train", title="real training clips", captions=other, pick=lambda i, text, rng: known[i]),
@@ -187,7 +203,6 @@ def evaluate(
         Row(name="retrieval", title="nearest training caption", captions=own,
             pick=lambda i, text, rng: known[_any(nearest[text], rng)]),
     ]  # fmt: skip
-    words = {text: evaluator.embed_text(text) for text in sorted({t for part in (own, other) for c in part for t in c})}
     figures = judge(rows, words, chosen)
     step.what = "probes"
     probes = measure(
@@ -256,10 +271,7 @@ def judge(rows: Sequence[Row], words: Mapping[str, NDArray], settings: Settings)
     without, else a clip would be compared with itself.
     """
     reference = rows[0]
-    least = min(len(distinct_pairs(row.captions, np.random.default_rng(0))) for row in rows[:2])
-    pool = min(settings.pool, least)
-    if pool < LEAST_POOL:
-        raise UserError(f"expected at least {LEAST_POOL} distinct captions in the split {settings.split!r}, got {pool}")
+    pool = _pool_size({row.name: row.captions for row in rows[:2]}, settings.pool)
     basis = [rows[1].pick(i, c[0], np.random.default_rng(0)).embedding for i, c in enumerate(rows[1].captions)]
     dimensions = min(settings.dimensions, len(basis) - 1, len(basis[0]))
     project = metrics.Projection.principal(basis, dimensions)

@@ -11,6 +11,7 @@ from kinetok.model.tensor_files import parse_json
 from kinetok.train.charts import Bar, Group, bar_chart
 from kinetok.train.evaluate import FORMAT, VERSION
 
+TITLE = "# Evaluation"  # by which a page is known
 COLUMNS = {
     "r_precision_1": ("R@1", "up", 3),
     "r_precision_2": ("R@2", "up", 3),
@@ -60,6 +61,15 @@ def check_target(path: str | Path) -> None:
             ) from error
 
 
+def check_page(path: str | Path) -> None:
+    """``UserError`` when ``path`` is there and is no earlier page, a results file given by mistake for example."""
+    try:
+        if Path(path).exists() and not Path(path).read_bytes().startswith(TITLE.encode()):
+            raise UserError(f"{path}: expected an earlier page or no file, got another one; nothing was overwritten")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def write_result(result: Mapping[str, Any], path: str | Path) -> None:
     """Write the results, whole or not at all."""
     check_target(path)
@@ -70,12 +80,13 @@ def write_result(result: Mapping[str, Any], path: str | Path) -> None:
 def write_page(result: Mapping[str, Any], path: str | Path) -> list[Path]:
     """Write the page and, in ``images/`` beside it, its charts; returns the files. They hold the numbers of ``result``."""
     path = Path(path)
-    charts = {f"images/{path.stem}_retrieval.svg": _retrieval_chart(result)}
-    if result["probes"]:
-        charts[f"images/{path.stem}_probes.svg"] = _probe_chart(result)
+    check_page(path)
     try:
+        charts = {f"images/{path.stem}_retrieval.svg": _retrieval_chart(result)}
+        if result["probes"]:
+            charts[f"images/{path.stem}_probes.svg"] = _probe_chart(result)
         text = page(result, list(charts))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         raise UserError(f"the results lack something of version {VERSION}: {error!r}"[:200]) from error
     files = {path.parent / name: chart for name, chart in charts.items()} | {path: text}
     for target, content in files.items():
@@ -93,7 +104,7 @@ def page(result: Mapping[str, Any], charts: list[str]) -> str:
     length = "its end token decides" if settings["seconds"] is None else f"{settings['seconds']:g} s"
     training = {name: value for name, value in model["provenance"].items() if name != "data"}
     smoke = "**A smoke run over few clips: these figures mean nothing.**\n\n" if settings["most_clips"] else ""
-    return f"""# Evaluation
+    return f"""{TITLE}
 
 {smoke}Made by `kinetok evaluate default` (kinetok {result["kinetok"]}, commit {result["commit"]}); the numbers are those
 of its results file. Each is a mean and, in brackets, the middle 95 % of {repeats} resamplings.

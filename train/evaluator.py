@@ -201,6 +201,8 @@ def load_evaluator(folder: str | Path | None = None) -> SmallEvaluator:
         raise UserError(f"{folder / METADATA}: expected {FORMAT}, got {str(metadata.get('format'))[:40]!r}")
     if text.get("name") != MiniLM.name or not isinstance(text.get("pooled_scale"), int | float):
         raise UserError(f"{folder / METADATA}: expected text states of {MiniLM.name}, got {str(text)[:80]}")
+    if not isinstance(metadata.get("provenance"), dict):
+        raise UserError(f"{folder / METADATA}: expected the provenance of the evaluator, which results name, got none")
     tensors = read_safetensors(folder / WEIGHTS)
     config = EvaluatorConfig.from_dict(sizes)
     with torch.device("meta"):

@@ -72,6 +72,12 @@ def test_results_of_another_version_stay(refused, model, tmp_path) -> None:
     assert "version '99'" in refused("evaluate", "page", out, "--page", tmp_path / "page.md")
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"] and "99" in out.read_text()
     assert "cannot read" in refused("evaluate", "page", tmp_path / "none.json")
+    notes = tmp_path / "notes.md"
+    notes.write_text("mine")
+    assert "expected an earlier page" in refused(
+        "evaluate", "default", "--quick", "--model", model, "--out", tmp_path / "x", "--page", notes
+    )
+    assert notes.read_text() == "mine"
     missing = refused(
         "evaluate", "default", "--quick", "--model", model, "--evaluator", tmp_path, "--out", tmp_path / "x"
     )

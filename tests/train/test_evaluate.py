@@ -235,6 +235,39 @@ def test_other_files_are_not_overwritten(tmp_path: Path, content: str, words: st
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_only_an_earlier_page_is_replaced(result: dict, tmp_path: Path) -> None:
+    write_result(result, tmp_path / "eval.json")
+    before = (tmp_path / "eval.json").read_bytes()
+    with pytest.raises(UserError, match=r"expected an earlier page.*nothing was overwritten"):
+        write_page(result, tmp_path / "eval.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
+    assert (tmp_path / "eval.json").read_bytes() == before
+    write_page(result, tmp_path / "page.md")
+    write_page(result, tmp_path / "page.md")
+
+
+@pytest.mark.parametrize("changes", [{"rows": None}, {"probes": [{}]}, {"model": {}}, {"settings": {"repeats": 1}}])
+def test_results_that_lack_something_are_one_line(result: dict, tmp_path: Path, changes: dict) -> None:
+    with pytest.raises(UserError, match="lack something"):
+        write_page({**result, **changes}, tmp_path / "page.md")
+    none = {**result["probes"][0], "train": [0, 0]}
+    with pytest.raises(UserError, match="lack something"):
+        write_page({**result, "probes": [none]}, tmp_path / "page.md")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("few", ["train", "test"])
+def test_few_captions_are_refused_before_a_clip_is_made(engine: Engine, tmp_path: Path, few: str) -> None:
+    clips = [clip(i, split) for i in range(6) for split in ("train", "test")]
+    clips = [replace(one, id=f"{one.split}{one.id}") for one in clips]
+    clips = [replace(one, captions=CAPTIONS[:2]) if one.split == few else one for one in clips]
+    module = Evaluator(EvaluatorConfig(latent_dim=8, num_layers=1, num_heads=2, ff_size=8, text_dim=384))
+    evaluator = SmallEvaluator(module, np.zeros(272), np.ones(272), {})
+    with pytest.raises(UserError, match=f"at least 4 distinct captions of the clips '{few}', got 2"):
+        evaluate(engine, evaluator, clips, tmp_path, quick())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bars_are_as_long_as_their_values() -> None:
     groups = [Group("a <b>", [Bar(0.5, 0.4, 0.6), None], 0.9), Group("c", [Bar(2.0, 1.0, 3.0), Bar(0.0, 0.0, 0.1)])]
     root = ElementTree.fromstring(bar_chart("t & u", ["x", "y"], groups, 1.0, "goal"))

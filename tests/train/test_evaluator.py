@@ -109,6 +109,7 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
         ({"model": {**good["model"], "latent_dim": 16}}, "wrong shape"),
         ({"model": {**good["model"], "depth": 3}}, "unknown keys"),
         ({"text_encoder": {"name": "other", "pooled_scale": 1.0}}, "all-MiniLM-L6-v2"),
+        ({"provenance": None}, "expected the provenance"),
     ):
         file.write_text(json.dumps({**good, **change}))
         with pytest.raises(UserError, match=words):

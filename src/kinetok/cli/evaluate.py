@@ -41,12 +41,13 @@ def default(
     from kinetok.train.data.store import read_clips
     from kinetok.train.evaluate import Settings, evaluate
     from kinetok.train.evaluate import quick as smoke
-    from kinetok.train.evaluation_page import check_target, write_page, write_result
+    from kinetok.train.evaluation_page import check_page, check_target, write_page, write_result
     from kinetok.train.evaluator import load_evaluator
 
     out = out or (SMOKE / "eval.json" if quick else RESULT)
     page = page or (SMOKE / "evaluation.md" if quick else PAGE)
     check_target(out)
+    check_page(page)
     engine = load(model)
     few_threads_for_small_models(engine)
     judge = load_evaluator(evaluator)
