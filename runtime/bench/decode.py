@@ -75,18 +75,21 @@ def load(
     return random_decoder(decoder_preset(preset), device, dtype), TokenizerConfig()
 
 
+def _product_weights(decoder: MotionDecoder) -> int:
+    """Weights that a step reads whatever the batch, the norms' scales with them."""
+    return sum(p.numel() for block in decoder.blocks for p in block.parameters()) + decoder.head.weight.numel()
+
+
 def step_bytes(decoder: MotionDecoder, batch: int, keys: float) -> float:
     """The fewest bytes of one step: each weight once, the embeddings' rows, and ``keys`` positions of keys and values."""
     config, size = decoder.config, decoder.embed.weight.element_size()
-    products = sum(p.numel() for p in decoder.blocks.parameters()) + decoder.head.weight.numel() + config.n_embd
-    return size * (products + batch * config.n_embd * (1 + 2 * config.n_layer * keys))
+    return size * (_product_weights(decoder) + config.n_embd + batch * config.n_embd * (1 + 2 * config.n_layer * keys))
 
 
 def step_work(decoder: MotionDecoder, batch: int, keys: float) -> float:
     """Floating-point operations of one step."""
     config = decoder.config
-    products = sum(p.numel() for p in decoder.blocks.parameters()) + decoder.head.weight.numel()
-    return 2.0 * batch * (products + 2 * config.n_layer * config.n_embd * keys)
+    return 2.0 * batch * (_product_weights(decoder) + 2 * config.n_layer * config.n_embd * keys)
 
 
 @torch.inference_mode()
@@ -182,9 +185,9 @@ def measure(settings: DecodeSettings, tell: Callable[[str], None] = print) -> di
             began = time.perf_counter()
             try:
                 made = route(peer, decoder, batch, settings.text + max(settings.tokens))
-            except CannotRun as reason:
-                refused.append({"route": peer, "batch": batch, "reason": str(reason)})
-                tell(f"{peer}: cannot run: {reason}")
+            except CannotRun as error:
+                refused.append({"route": peer, "batch": batch, "reason": str(error)})
+                tell(f"{peer}: cannot run: {error}")
                 continue
             routes[peer], setup[peer] = made, time.perf_counter() - began
         for count in settings.tokens:
@@ -226,32 +229,34 @@ def _turns(
     routes: Mapping[str, Any], decoder: MotionDecoder, features: Tensor, count: int, settings: DecodeSettings
 ) -> tuple[Found, dict[str, str]]:
     """Warm up and check each route, then time them in turns, so that a drift or a busy neighbour meets all of them."""
-    found: Found = {}
+    firsts: dict[str, tuple[float, dict[str, Any], dict[str, Any]]] = {}
     failed: dict[str, str] = {}
     reference: Tensor | None = None
     for name, writer in routes.items():
         memory = Memory(settings.device)
         marks = Marks(settings.device)
         tokens = writer.run(features, count, marks)
-        first = marks.seconds()
+        first = marks.seconds()[-1]
         if reference is None:
             reference = tokens
         check = agree(decoder, features, reference, tokens)
-        if not check["passed"]:
+        if check["passed"]:
+            firsts[name] = (first, check, memory.read())
+        else:
             failed[name] = f"wrote other tokens than ours (margin {check['margin']}); no speed is reported"
-            continue
-        found[name] = ([], check, first[-1], memory.read())
-    order = list(found)
+    times: dict[str, list[list[float]]] = {name: [] for name in firsts}
+    order = list(firsts)
     for _ in range(settings.repeats):
         for name in order:
             marks = Marks(settings.device)
             routes[name].run(features, count, marks)
-            found[name][0].append(marks.seconds())
+            times[name].append(marks.seconds())
         order.append(order.pop(0))
-    for name, (times, check, first, memory) in found.items():
+    found: Found = {}
+    for name, (first, check, used) in firsts.items():
         # What the first run took beyond a usual one: compilation, capture, first use.
-        extra = max(0.0, first - statistics.median(run[-1] for run in times))
-        found[name] = (times, check, extra, memory)
+        extra = max(0.0, first - statistics.median(run[-1] for run in times[name]))
+        found[name] = (times[name], check, extra, used)
     return found, failed
 
 

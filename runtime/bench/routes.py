@@ -198,16 +198,14 @@ class HuggingFace:
             num_key_value_heads=config.n_head,
             max_position_embeddings=config.block_size,
             rms_norm_eps=1e-5,
-            rope_theta=10000.0,
             tie_word_embeddings=False,
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=config.pad_id,
-            attn_implementation="sdpa",
         )
-        # Its rotary frequencies are a buffer that is in no state: it must be made, and in fp32.
+        # Base 10000 is Llama's own. The frequencies are a buffer that is in no state: it must be made, and in fp32.
         with torch.device("meta"):
-            model = LlamaForCausalLM(llama)
+            model = LlamaForCausalLM._from_config(llama, attn_implementation="sdpa")
         with weight.device:
             rotary = type(model.model.rotary_emb)(llama)
         model.load_state_dict(self._state(decoder), assign=True, strict=False)
