@@ -39,16 +39,21 @@ class _Line:
     """The last ``span`` steps of what passed, ``[slots, span, C]``."""
 
     def __init__(self, slots: int, span: int, like: Tensor, channels: int) -> None:
-        self.kept = like.new_zeros(slots, span, channels)
+        self.kept = torch.zeros(slots, span, channels, dtype=like.dtype, device=like.device)
+        self._new: Tensor | None = None
 
     def through(self, x: Tensor, slots: Tensor) -> Tensor:
-        """``x [n, k, C]`` with the span before it, ``[n, span + k, C]``; keeps the new last span."""
+        """``x [n, k, C]`` with the span before it, ``[n, span + k, C]``, the last of which ``keep`` will keep."""
         span = self.kept.shape[1]
         if not span:
             return x
         joined = torch.cat((self.kept[slots], x), dim=1)
-        self.kept[slots] = joined[:, -span:]
+        self._new = joined[:, -span:]
         return joined
+
+    def keep(self, slots: Tensor) -> None:
+        if self._new is not None:
+            self.kept[slots], self._new = self._new, None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -187,6 +192,10 @@ class StreamingDetokenizer:
         )
         return self._run(slots, nothing, ends)
 
+    def pushed(self, slot: int) -> int:
+        """Tokens of a slot's clip so far."""
+        return self._pushed[slot]
+
     def _run(self, slots: Sequence[int], x: Tensor, ends: Sequence[int]) -> list[Tensor]:
         config, steps = self.tokenizer.config, x.shape[1]
         if not steps or not slots:
@@ -201,8 +210,12 @@ class StreamingDetokenizer:
         frames = self.tokenizer.unpatch(x)
         unit = config.frames_per_token
         result = []
-        for row, (slot, start, end) in enumerate(zip(slots, starts, ends, strict=True)):
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
             first = start * unit - self._late
             result.append(frames[row, max(0, -first) : max(0, min(frames.shape[1], end * unit - first))])
+        # Last, so that whatever fails before can be repeated.
+        for line in self.lines:
+            line.keep(where)
+        for slot, start in zip(slots, starts, strict=True):
             self._pushed[slot] = start + steps
         return result

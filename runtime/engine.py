@@ -1,10 +1,12 @@
 """``Engine``: a loaded model that turns sentences into motion."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,30 +18,52 @@ from kinetok.model.bank import BankedEncoder, PromptBank
 from kinetok.model.pretrained import ModelBundle, load_pretrained
 from kinetok.model.text import check_prompt
 from kinetok.motion import Motion
+from kinetok.runtime.backends import open_backend
+from kinetok.runtime.crowd import Crowd, Update
 from kinetok.runtime.generate import sample_tokens
-from kinetok.runtime.sampling import SamplingParams, token_budget
+from kinetok.runtime.sampling import CARRIED_SECONDS, KEPT_SECONDS, TRAINED_SECONDS, SamplingParams, token_budget
+from kinetok.runtime.scheduler import Job, Scheduler
+from kinetok.runtime.stream import Stream
 
 
-def load(path_or_id: str | Path | None = None, device: str = "auto", dtype: str = "auto") -> "Engine":
+def load(path_or_id: str | Path | None = None, device: str = "auto", dtype: str = "auto", **limits: Any) -> "Engine":
     """Load a model: a directory, a hub id ``owner/name``, or None for the default model in the package.
 
-    device "auto" is CUDA where there is one; dtype "auto" is the stored one on CUDA and float32 on a CPU. Raises
-    ``UserError`` for what is not an intact model.
+    device "auto" is CUDA where there is one; dtype "auto" is the stored one on CUDA and float32 on a CPU. limits:
+    ``Engine``'s characters, positions, queue and backend. Raises ``UserError`` for what is not an intact model.
     """
-    return Engine(load_pretrained(path_or_id, device, dtype))
+    return Engine(load_pretrained(path_or_id, device, dtype), **limits)
 
 
 class Engine:
-    """Sentences in, motion out.
+    """Sentences in, motion out: whole clips (``generate``), frames as they come (``stream``), a crowd (``submit`` and on).
 
-    ``timings`` holds the seconds that each stage of the last ``generate`` took: text, decode, detokenize, motion.
+    A character's tokens depend on its prompt, its parameters and its request number, and on nothing else: they are the
+    same, to the bit, by whichever of the three ways and in whatever company (docs/numerics.md).
+
+    characters: how many of a crowd run at once (twice as many without guidance); positions: of text and motion a character
+    may need, the model's own limit by default; queue: how many may wait. A crowd's memory is taken, all of it, by the first
+    ``submit``. ``timings`` holds the seconds that each stage of the last ``generate`` took: text, decode, detokenize, motion.
     """
 
-    def __init__(self, model: ModelBundle) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: ModelBundle,
+        *,
+        backend: str = "torch",
+        characters: int = 16,
+        positions: int | None = None,
+        queue: int = 64,
+    ) -> None:
+        self.model, self.backend = model, backend
+        self.characters, self.queue = characters, queue
+        self.positions = positions or model.decoder.config.block_size
         bank = PromptBank.load(model.bank) if model.bank is not None else None
         self.text = BankedEncoder(bank, model.text_encoder, model.decoder.config.text_dim)
         self.timings: dict[str, float] = {}
+        self._spare: list[Scheduler] = []
+        self._crowd: Crowd | None = None
+        self._making = Lock()
 
     @contextmanager
     def _timed(self, stage: str):  # type: ignore[no-untyped-def]
@@ -62,11 +86,9 @@ class Engine:
         not on the other prompts. progress is told (tokens, of at most) of each clip as it grows. Raises ``UserError``
         for prompts or parameters that cannot be used.
         """
-        names = [field.name for field in fields(SamplingParams)]
-        unknown = sorted(set(keywords) - set(names))
-        if unknown:
-            raise UserError(f"unknown sampling parameters {unknown}: expected some of {names}")
-        chosen = replace(params or SamplingParams(), **keywords).resolve(self.model.sampling)
+        chosen = self._params(params, keywords)
+        if chosen.seconds == math.inf:
+            raise UserError("seconds: a clip ends; use stream for one that does not")
         texts = [check_prompt(text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
         self.timings = {}
         return [self._clip(text, request, chosen, progress) for request, text in enumerate(texts)]
@@ -76,25 +98,143 @@ class Engine:
     ) -> Motion:
         model = self.model
         with self._timed("text"):
-            features = self._features(text)
-            empty = self._features("") if params.guidance != 1.0 else None
+            job = self._job(text, params, request, model.decoder.config.block_size)
         with self._timed("decode"):
-            longest = max(len(features), len(empty) if empty is not None else 0)
-            room = model.decoder.config.block_size - longest
-            budget = token_budget(params, model.sampling, model.tokenizer.config.tokens_per_second, room)
-            tokens = sample_tokens(
-                model.decoder,
-                features,
-                params,
-                budget=budget,
-                request=request,
-                empty_features=empty,
-                progress=progress,
-            )
+            # Kept from clip to clip: its slots are memory, and two threads must not share them.
+            scheduler = self._spare.pop() if self._spare else self._alone()
+            try:
+                tokens = sample_tokens(scheduler, job, progress)
+            finally:
+                self._spare.append(scheduler)
         with self._timed("detokenize"):
             x = self.decode_tokens(tokens)
         with self._timed("motion"):
             return Motion.from_features(x, offsets=model.offsets, text=text)
+
+    def _alone(self) -> Scheduler:
+        config = self.model.decoder.config
+        return Scheduler(open_backend(self.backend, self.model, 2, config.block_size), config, queue=1)
+
+    def stream(self, prompt: str, params: SamplingParams | None = None, *, request: int = 0, **keywords: Any) -> Stream:
+        """Frames as they come: an iterator of ``Motion`` blocks that go on from one another (``Stream``).
+
+        Put together they are ``generate``'s clip of the same parameters, tokens to the bit and frames to 1e-5; seconds may
+        be infinity here. A block comes with every token, the first one after as many as the tokenizer looks ahead
+        (``kinetok.model.streaming``). Raises ``UserError`` for what ``generate`` refuses, and for a tokenizer that cannot
+        stream.
+        """
+        chosen, text, size = self._params(params, keywords), check_prompt(prompt), self.model.decoder.config.block_size
+
+        def redirected(other: str, written: int) -> Job:
+            return self._job(check_prompt(other), chosen, request, size, written=written)
+
+        job = self._job(text, chosen, request, size)
+        return Stream(Crowd(self.model, self.backend, 1, size, queue=1), job, text, redirected, self._carried)
+
+    def submit(
+        self,
+        prompt: str,
+        params: SamplingParams | None = None,
+        *,
+        request: int = 0,
+        deadline: float | None = None,
+        **keywords: Any,
+    ) -> int:
+        """Let a character join the crowd; returns its handle. ``step`` moves everyone on, ``poll`` reads frames.
+
+        deadline: seconds from now after which it is given up. The others of a crowd neither change a character's tokens
+        nor overtake it in the queue. Raises ``UserError`` when the queue is full, when too many that are over lie unread,
+        and for a prompt or parameters that cannot be used.
+        """
+        crowd = self._start()
+        chosen, text = self._params(params, keywords), check_prompt(prompt)
+        if deadline is not None and not (math.isfinite(deadline) and deadline > 0):
+            raise UserError(f"deadline: expected seconds from now, more than 0, got {deadline!r}")
+        limit = None if deadline is None else time.monotonic() + deadline
+        return crowd.submit(self._job(text, chosen, request, self.positions, deadline=limit), text)
+
+    def step(self) -> int:
+        """One token for every character that runs and is read; returns how many, 0 when there is nothing to do.
+
+        Whatever is raised here (a failing backend, Ctrl-C) leaves the crowd whole: the next step repeats what was cut off.
+        """
+        return self._start().step()
+
+    def poll(self, handle: int) -> Update:
+        """A character's new frames and its state (``Update``). ``UserError`` for one that was told to be over before."""
+        return self._start().poll(handle)
+
+    def cancel(self, handle: int) -> None:
+        """Take a character out at once, its unread frames too. ``UserError`` for one that is not there any more."""
+        self._start().cancel(handle)
+
+    def fork(self, handle: int, *, request: int | None = None, seed: int | None = None) -> int:
+        """A twin of a running character, with a draw of its own from here on: the prompt is prefilled once for all twins.
+
+        Right after ``submit`` it is the clip that ``submit(prompt, request=...)`` would give. request, seed: None keeps
+        the first one's. Raises ``UserError`` when the character waits or is over, or no slots are free.
+        """
+        crowd = self._start()
+        job = crowd.job(handle)
+        params = job.params if seed is None else replace(job.params, seed=seed)
+        return crowd.fork(handle, replace(job, params=params, request=job.request if request is None else request))
+
+    def redirect(self, handle: int, prompt: str) -> None:
+        """Give a character another prompt from its next token on; its pose goes on, its length counts anew from here.
+
+        The new text and the last second of motion are prefilled, so the old text leaves nothing in the cache.
+        """
+        crowd, text = self._start(), check_prompt(prompt)
+        job = crowd.job(handle)
+        written = crowd.written(handle)
+        new = self._job(text, job.params, job.request, self.positions, deadline=job.deadline, written=written)
+        crowd.redirect(handle, new, self._carried, text)
+
+    @property
+    def _carried(self) -> int:
+        return round(CARRIED_SECONDS * self.model.tokenizer.config.tokens_per_second)
+
+    def _start(self) -> Crowd:
+        with self._making:
+            if self._crowd is None:
+                self._crowd = Crowd(self.model, self.backend, self.characters, self.positions, self.queue)
+            return self._crowd
+
+    def _params(self, params: SamplingParams | None, keywords: dict[str, Any]) -> SamplingParams:
+        names = [field.name for field in fields(SamplingParams)]
+        unknown = sorted(set(keywords) - set(names))
+        if unknown:
+            raise UserError(f"unknown sampling parameters {unknown}: expected some of {names}")
+        return replace(params or SamplingParams(), **keywords).resolve(self.model.sampling)
+
+    def _job(
+        self,
+        text: str,
+        params: SamplingParams,
+        request: int,
+        positions: int,
+        *,
+        deadline: float | None = None,
+        written: int = 0,
+    ) -> Job:
+        """What a character is to do from its token ``written`` on."""
+        rate = self.model.tokenizer.config.tokens_per_second
+        features = self._features(text)
+        empty = self._features("") if params.guidance != 1.0 else None
+        room = positions - max(len(features), len(empty) if empty is not None else 0)
+        least, most = token_budget(params, self.model.sampling, rate, room)
+        window = min(round(TRAINED_SECONDS * rate), room)
+        return Job(
+            text=features,
+            empty=empty,
+            params=params,
+            least=written + least,
+            most=written + most,
+            request=request,
+            window=window,
+            keep=max(1, min(round(KEPT_SECONDS * rate), window // 2)),
+            deadline=deadline,
+        )
 
     def _features(self, text: str) -> Tensor:
         return self.text.encode([text])[0].to(self.model.decoder.embed.weight.device)

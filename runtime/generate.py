@@ -1,17 +1,13 @@
-"""The decode loops: greedy as the reference does it, and sampled with guidance."""
+"""The decode loops of one clip: greedy as the reference does it, and sampled."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.kernels.sampling import draw, guide, gumbel
 from kinetok.model.decoder import MotionDecoder
-from kinetok.runtime.sampling import SamplingParams
-
-NOISE_AHEAD = 1 << 16  # numbers drawn at once: a small head's noise costs as much for one position as for fifty
-ENDED_AT_ONCE = [1]  # what the reference returns when the end token comes first
+from kinetok.runtime.scheduler import ENDED_AT_ONCE, Job, Scheduler
 
 
 @torch.inference_mode()
@@ -34,70 +30,22 @@ def generate_tokens(decoder: MotionDecoder, text_features: Tensor, max_tokens: i
         if len(tokens) == max_tokens:
             return tokens
         logits = decoder.decode_step(torch.tensor([token], device=logits.device), cache)
-    return tokens or list(ENDED_AT_ONCE)
+    return tokens or [ENDED_AT_ONCE]
 
 
-@torch.inference_mode()
-def sample_tokens(
-    decoder: MotionDecoder,
-    text_features: Tensor,
-    params: SamplingParams,
-    *,
-    budget: tuple[int, int],
-    request: int = 0,
-    empty_features: Tensor | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[int]:
-    """Tokens of one clip for text features ``[L, D]``; ``params`` without None (``SamplingParams.resolve``).
+def sample_tokens(scheduler: Scheduler, job: Job, progress: Callable[[int, int], None] | None = None) -> list[int]:
+    """Tokens of one clip, alone on ``scheduler``. Raises ``UserError`` where the model's logits are no numbers.
 
-    budget: fewest and most tokens; the end token is banned before the fewest. With guidance other than 1 a second row
-    with ``empty_features`` runs along. The draw at a position depends on the seed, the position and ``request`` alone.
+    progress is told (tokens, of at most) as the clip grows. Whatever interrupts it, the scheduler's slots are free again.
     """
-    least, most = budget
-    config = decoder.config
-    guided = params.guidance != 1.0
-    rows: Sequence[Tensor] = [text_features]
-    if guided:
-        if empty_features is None:
-            raise UserError("guidance needs the features of the empty text")
-        rows = [text_features, empty_features]
-    assert params.guidance is not None and params.temperature is not None
-    assert params.top_k is not None and params.top_p is not None
-    cache = decoder.new_cache(len(rows), max(map(len, rows)) + most)
-    logits = decoder.prefill(rows, cache)
-    seed = torch.tensor([params.seed - (params.seed >> 63 << 64)], device=logits.device)
-    name = torch.tensor([request], device=logits.device)
-    noise = _noise(logits.shape[1], most, seed, name) if params.temperature else None
-    tokens: list[int] = []
-    while len(tokens) < most:
-        scores = guide(logits[:1], logits[1:], params.guidance) if guided else logits.float()
-        if config.tie_weights:
-            scores[:, config.pad_id] = -torch.inf
-        if len(tokens) < least:
-            scores[:, config.end_id] = -torch.inf
-        try:
-            token = draw(
-                scores,
-                next(noise) if noise is not None else None,
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-            )
-        except ValueError as error:
-            raise UserError(f"at token {len(tokens)}: {error}; are the model's weights whole?") from error
-        if int(token) == config.end_id:
-            break
-        tokens.append(int(token))
-        if progress is not None:
-            progress(len(tokens), most)
-        if len(tokens) < most:
-            logits = decoder.decode_step(token.expand(len(rows)), cache)
-    return tokens or list(ENDED_AT_ONCE)
-
-
-def _noise(classes: int, most: int, seed: Tensor, request: Tensor) -> Iterator[Tensor]:
-    """Gumbel noise ``[1, classes]`` of the positions 0 to most - 1, drawn several at a time."""
-    ahead = max(1, NOISE_AHEAD // classes)
-    for first in range(0, most, ahead):
-        positions = torch.arange(first, min(first + ahead, most), device=seed.device)
-        yield from gumbel(classes, seed, positions, request).split(1)
+    character = scheduler.submit(job)
+    try:
+        while not character.over:
+            scheduler.step()
+            if progress is not None and character.state != "failed":
+                progress(len(character.tokens), int(job.most))
+    finally:
+        scheduler.cancel(character)
+    if character.error is not None:
+        raise UserError(character.error)
+    return character.tokens

@@ -8,6 +8,9 @@ from typing import Any, Self
 from kinetok.errors import UserError
 
 TRAINED_SECONDS = 10.0
+LONGEST_SECONDS = 600.0
+KEPT_SECONDS = 5.0  # of motion that a clip longer than trained prefills anew when its window is full
+CARRIED_SECONDS = 1.0  # of motion that a new prompt takes over
 FALLBACK: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
 
 
@@ -21,7 +24,8 @@ def _number(name: str, value: Any, low: float, high: float, what: str) -> None:
 class SamplingParams:
     """How to sample; None leaves a value to the model's own default.
 
-    seconds: the clip's length, up to the trained 10 s; None lets the end token decide. seed: 64 unsigned bits.
+    seconds: the clip's length, up to 600, or infinity for a stream until it is stopped; models are trained on 10 s, and what
+    is longer sees a window of its own last seconds. None lets the end token decide within 10 s. seed: 64 unsigned bits.
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. guidance: classifier-free guidance scale, 1 is off.
     max_tokens: a cap on the tokens; 50 gives the reference's. Raises ``UserError`` naming the value that is wrong.
     """
@@ -35,9 +39,9 @@ class SamplingParams:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.seconds is not None:
-            what = f"more than 0 and at most {TRAINED_SECONDS:g} seconds (what models are trained on)"
-            _number("seconds", self.seconds, 1e-3, TRAINED_SECONDS, what)
+        if self.seconds is not None and self.seconds != math.inf:
+            what = f"more than 0 and at most {LONGEST_SECONDS:g} seconds, or infinity for a stream"
+            _number("seconds", self.seconds, 1e-3, LONGEST_SECONDS, what)
         if self.temperature is not None:
             _number("temperature", self.temperature, 0, 100, "a number from 0 (greedy) to 100")
         if self.temperature and self.temperature < 1e-3:
@@ -60,19 +64,20 @@ class SamplingParams:
 
 def token_budget(
     params: SamplingParams, defaults: Mapping[str, Any], tokens_per_second: float, room: int
-) -> tuple[int, int]:
-    """Fewest and most tokens of a clip with ``room`` positions left after its text.
+) -> tuple[float, float]:
+    """Fewest and most tokens of a clip with ``room`` positions left after its text; whole numbers, or infinity twice.
 
     Explicit seconds fix both; otherwise the end token may come after the model's ``min_seconds``. Raises
-    ``UserError`` when the text leaves too little room.
+    ``UserError`` when the text leaves too little room for what models are trained on.
     """
     if room < 1:
         raise UserError("the prompt fills the whole model; expected a shorter one")
     if params.seconds is not None:
-        count = max(1, round(params.seconds * tokens_per_second))
+        endless = params.seconds == math.inf
+        count = math.inf if endless else max(1, round(params.seconds * tokens_per_second))
         if params.max_tokens is not None:
             count = min(count, params.max_tokens)
-        if count > room:
+        if count > room and params.seconds <= TRAINED_SECONDS:
             raise UserError(
                 f"seconds: {params.seconds:g} s are {count} tokens, but this prompt leaves room for {room} "
                 f"({room / tokens_per_second:.1f} s); ask for less or shorten the prompt"

@@ -11,9 +11,11 @@ from kinetok.kernels.sampling import sample
 from kinetok.model.checkpoint import load_released_decoder
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
-from kinetok.runtime import SamplingParams, generate, generate_tokens
+from kinetok.runtime import SamplingParams, generate_tokens, scheduler
+from kinetok.runtime.backends.torch import TorchBackend
 from kinetok.runtime.generate import sample_tokens
 from kinetok.runtime.sampling import token_budget
+from kinetok.runtime.scheduler import Job, Scheduler
 
 PLAIN = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, guidance=1.0)
 
@@ -22,6 +24,23 @@ PLAIN = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, guidance=1.0)
 def decoder() -> MotionDecoder:
     torch.manual_seed(3)
     return MotionDecoder(DecoderConfig(n_layer=2, n_head=2, n_embd=32, codebook=60, text_dim=8, block_size=64)).eval()
+
+
+def sampled(
+    decoder: MotionDecoder, features: torch.Tensor, params: SamplingParams, budget: tuple[int, int], **more
+) -> list[int]:
+    job = Job(
+        text=features,
+        empty=more.pop("empty", None),
+        params=params,
+        least=budget[0],
+        most=budget[1],
+        window=50,
+        keep=9,
+        **more,
+    )
+    backend = TorchBackend(decoder, len(job.texts), decoder.config.block_size)
+    return sample_tokens(Scheduler(backend, decoder.config, queue=1), job)
 
 
 @torch.inference_mode()
@@ -62,7 +81,7 @@ def test_text_and_motion_must_fit(decoder) -> None:
 def test_temperature_zero_is_greedy(decoder) -> None:
     features = torch.randn(4, 8)
     params = SamplingParams(temperature=0, top_k=0, top_p=1.0, guidance=1.0)
-    assert sample_tokens(decoder, features, params, budget=(0, 30)) == generate_tokens(decoder, features, 30)
+    assert sampled(decoder, features, params, budget=(0, 30)) == generate_tokens(decoder, features, 30)
 
 
 def test_the_seed_and_the_request_name_the_draw(decoder) -> None:
@@ -70,7 +89,7 @@ def test_the_seed_and_the_request_name_the_draw(decoder) -> None:
 
     def draw(**names) -> list[int]:
         params = SamplingParams(seed=names.pop("seed", 0), temperature=1.0, top_k=0, top_p=1.0, guidance=1.0)
-        return sample_tokens(decoder, features, params, budget=(12, 12), **names)
+        return sampled(decoder, features, params, budget=(12, 12), **names)
 
     assert draw() == draw() and len(draw()) == 12
     assert draw() != draw(seed=1) and draw() != draw(request=1) and draw(seed=2**64 - 1) != draw(seed=2**63)
@@ -78,7 +97,7 @@ def test_the_seed_and_the_request_name_the_draw(decoder) -> None:
 
 @pytest.mark.parametrize("ahead", [1, 200, 1 << 16])
 def test_noise_drawn_ahead_gives_the_tokens_of_single_draws(decoder, monkeypatch, ahead: int) -> None:
-    monkeypatch.setattr(generate, "NOISE_AHEAD", ahead)  # of 61 classes: one, three and all positions at once
+    monkeypatch.setattr(scheduler, "NOISE_AHEAD", ahead)  # of 61 classes: one, three and all positions at once
     features = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
     params = SamplingParams(seed=11, temperature=0.7, top_k=0, top_p=0.95, guidance=1.0)
     expected: list[int] = []
@@ -91,18 +110,16 @@ def test_noise_drawn_ahead_gives_the_tokens_of_single_draws(decoder, monkeypatch
             token = sample(logits, seed=seed, position=at, request=request, temperature=0.7, top_p=0.95)
             expected.append(int(token))
             logits = decoder.decode_step(token, cache)
-    assert sample_tokens(decoder, features, params, budget=(20, 20), request=6) == expected
+    assert sampled(decoder, features, params, budget=(20, 20), request=6) == expected
 
 
 def test_guidance_runs_a_second_row(decoder) -> None:
     features, empty = torch.randn(5, 8), torch.randn(2, 8)
     guided = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, guidance=3.0)
-    with pytest.raises(UserError, match="empty text"):
-        sample_tokens(decoder, features, guided, budget=(9, 9))
-    one = sample_tokens(decoder, features, guided, budget=(9, 9), empty_features=empty)
+    one = sampled(decoder, features, guided, budget=(9, 9), empty=empty)
     # With the same text in both rows guidance changes nothing but rounding.
-    same = sample_tokens(decoder, features, guided, budget=(9, 9), empty_features=features)
-    assert len(one) == 9 and same == sample_tokens(decoder, features, PLAIN, budget=(9, 9))
+    same = sampled(decoder, features, guided, budget=(9, 9), empty=features)
+    assert len(one) == 9 and same == sampled(decoder, features, PLAIN, budget=(9, 9))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +132,8 @@ def test_guidance_runs_a_second_row(decoder) -> None:
         ({"seconds": 0.01}, {}, 200, (1, 1)),
         ({"max_tokens": 50}, {}, 200, (0, 50)),
         ({"max_tokens": 50, "seconds": 10}, {}, 200, (50, 50)),
+        ({"seconds": 60.0}, {}, 200, (900, 900)),
+        ({"seconds": float("inf")}, {"min_seconds": 2.0}, 20, (float("inf"), float("inf"))),
     ],
 )
 def test_budget(params: dict, defaults: dict, room: int, budget: tuple[int, int]) -> None:
@@ -131,7 +150,8 @@ def test_seconds_beyond_the_room_are_refused() -> None:
     [
         {"seconds": 0},
         {"seconds": -1.0},
-        {"seconds": 11},
+        {"seconds": 601},
+        {"seconds": -float("inf")},
         {"seconds": float("nan")},
         {"temperature": -0.1},
         {"top_p": 0},
@@ -152,4 +172,4 @@ def test_bad_parameters(bad: dict) -> None:
 def test_weights_that_are_not_numbers_are_named(decoder) -> None:
     features = torch.full((3, 8), torch.nan)
     with pytest.raises(UserError, match="token 0"):
-        sample_tokens(decoder, features, PLAIN, budget=(0, 5))
+        sampled(decoder, features, PLAIN, budget=(0, 5))

@@ -1,0 +1,233 @@
+"""Characters under way, from their jobs to frames that somebody reads: the scheduler's tokens, detokenized as they come."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinetok.errors import UserError
+from kinetok.kernels.kinematics import HEADING_CHANGE, ROOT_VELOCITY, heading_and_path, local_pose, sixd_from_matrix
+from kinetok.model.config import FRAME_RATE
+from kinetok.model.pretrained import ModelBundle
+from kinetok.model.streaming import StreamingDetokenizer
+from kinetok.motion import Motion
+from kinetok.runtime.backends import open_backend
+from kinetok.runtime.scheduler import Character, Job, Scheduler
+
+UNREAD_SECONDS = 20.0  # a character whose frames nobody reads stands still after so many; longer than any trained clip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """What is new of a character.
+
+    motion: the frames since the last poll, in the world of the clip's first frame, None where there are none. state:
+    "queued", "running", "paused" (nobody read its frames), and at the end "done", "expired" or "failed". error: why.
+    """
+
+    motion: Motion | None
+    state: str
+    error: str | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.state in ("done", "expired", "failed")
+
+
+@dataclass(eq=False)
+class _Figure:
+    character: Character
+    text: str
+    place: int | None = None  # in the detokenizer
+    unread: list[np.ndarray] = field(default_factory=list)
+    last: Tensor | None = (
+        None  # a frame that stands for all that was read: its steps lead from the origin to where it is
+    )
+    closed: bool = False
+
+    @property
+    def waiting_frames(self) -> int:
+        return sum(map(len, self.unread))
+
+
+class Crowd:
+    """``characters`` at once on one model, twice as many without guidance; all memory is taken here.
+
+    positions: of text and motion a character may need, at most the model's ``block_size``. queue: how many may wait, and
+    how many that are over may lie unread. Calls may come from several threads, one is served at a time.
+    Raises ``UserError`` where the memory is not there.
+    """
+
+    def __init__(self, model: ModelBundle, backend: str, characters: int, positions: int, queue: int) -> None:
+        if characters < 1 or queue < 1:
+            raise UserError(f"expected at least one character and a queue of at least one, got {characters}, {queue}")
+        slots = 2 * characters
+        self.model = model
+        try:
+            self.scheduler = Scheduler(
+                open_backend(backend, model, slots, positions), model.decoder.config, max(queue, slots)
+            )
+            self.detokenizer = StreamingDetokenizer(model.tokenizer, slots)
+        except (MemoryError, RuntimeError) as error:  # torch reports a full memory as either
+            raise UserError(f"no memory for {characters} characters of {positions} positions: ask for fewer") from error
+        device = model.tokenizer.decoder.last.weight.device
+        self._scale, self._shift = (torch.from_numpy(x).to(device, torch.float32) for x in (model.std, model.mean))
+        self._limit = UNREAD_SECONDS * FRAME_RATE
+        self._queue = queue
+        self._figures: dict[int, _Figure] = {}
+        self._next = 1
+        self._lock = threading.RLock()
+
+    def submit(self, job: Job, text: str) -> int:
+        """Put a character into the queue. Raises ``UserError`` when too many wait or lie unread, or it can never run."""
+        with self._lock:
+            unread = sum(figure.character.over for figure in self._figures.values())
+            if unread >= self._queue:
+                raise UserError(f"{unread} characters are over and unread: poll or cancel some of them first")
+            return self._add(_Figure(self.scheduler.submit(job), text))
+
+    def _add(self, figure: _Figure) -> int:
+        handle, self._next = self._next, self._next + 1
+        self._figures[handle] = figure
+        return handle
+
+    def _get(self, handle: int) -> _Figure:
+        if handle not in self._figures:
+            raise UserError(f"no character {handle!r}: it was cancelled or read to its end, or never submitted")
+        return self._figures[handle]
+
+    def step(self) -> int:
+        """One token for everyone who runs and is read; returns how many characters got one or ended (0: nothing to do)."""
+        with self._lock:
+            self._detokenize()  # what an exception left undone, before its place can go to somebody else
+            moved = self.scheduler.step()
+            self._detokenize()
+            return len(moved)
+
+    def poll(self, handle: int) -> Update:
+        """The frames since the last poll. A character that is over is forgotten once this has said so."""
+        with self._lock:
+            figure = self._get(handle)
+            character = figure.character
+            motion = self._block(figure) if figure.unread else None
+            character.paused = False
+            if character.over and (figure.closed or character.state != "done"):
+                del self._figures[handle]
+                return Update(motion=motion, state=character.state, error=character.error)
+            return Update(motion=motion, state="running" if character.over else character.state)
+
+    def waiting(self, handle: int) -> str:
+        """A character's state, without reading its frames."""
+        with self._lock:
+            character = self._get(handle).character
+            return "paused" if character.paused else character.state
+
+    def cancel(self, handle: int) -> None:
+        """End a character and forget it, its unread frames too."""
+        with self._lock:
+            figure = self._get(handle)
+            self.scheduler.cancel(figure.character)
+            del self._figures[handle]
+
+    def fork(self, handle: int, job: Job) -> int:
+        """A twin with the same past, which goes on by ``job``'s draws; its first frame is the one after the newest."""
+        with self._lock:
+            figure = self._get(handle)
+            self._detokenize()
+            twin = _Figure(self.scheduler.fork(figure.character, job), figure.text, last=figure.last)
+            if figure.place is not None:
+                twin.place = self._free_place()
+                self.detokenizer.copy(figure.place, twin.place)
+            for rows in figure.unread:  # the twin's world starts where the first one's newest frame is
+                twin.last = _stand(rows, twin.last)[2]
+            return self._add(twin)
+
+    def redirect(self, handle: int, job: Job, carry: int, text: str) -> None:
+        """Another prompt from the next token on, with the last ``carry`` tokens behind it; the pose goes on."""
+        with self._lock:
+            figure = self._get(handle)
+            self.scheduler.redirect(figure.character, job, carry)
+            figure.text = text
+
+    def job(self, handle: int) -> Job:
+        with self._lock:
+            return self._get(handle).character.job
+
+    def written(self, handle: int) -> int:
+        """Tokens so far."""
+        with self._lock:
+            return len(self._get(handle).character.tokens)
+
+    def _free_place(self) -> int:
+        taken = {figure.place for figure in self._figures.values() if not figure.closed and not _lost(figure)}
+        return next(place for place in range(self.detokenizer.slots) if place not in taken)
+
+    def _detokenize(self) -> None:
+        """Turn every token that is not yet detokenized into frames."""
+        groups: dict[int, list[tuple[_Figure, list[int]]]] = {}
+        for figure in self._figures.values():
+            if figure.closed or _lost(figure):
+                continue
+            tokens = figure.character.tokens
+            if figure.place is None and tokens:
+                place = self._free_place()
+                self.detokenizer.reset(place)
+                figure.place = place
+            if figure.place is not None and (new := tokens[self.detokenizer.pushed(figure.place) :]):
+                groups.setdefault(len(new), []).append((figure, new))
+        for members in groups.values():
+            figures = [figure for figure, _ in members]
+            block = torch.tensor([new for _, new in members])
+            self._keep(figures, self.detokenizer.push([f.place for f in figures if f.place is not None], block))
+        ending = [f for f in self._figures.values() if f.character.state == "done" and not f.closed]
+        if ending:
+            self._keep(ending, self.detokenizer.finish([f.place for f in ending if f.place is not None]))
+            for figure in ending:
+                figure.closed = True
+        for figure in self._figures.values():
+            if figure.waiting_frames > self._limit:
+                figure.character.paused = True
+
+    def _keep(self, figures: Sequence[_Figure], frames: Sequence[Tensor]) -> None:
+        for figure, rows in zip(figures, frames, strict=True):
+            if not len(rows):
+                continue
+            features = torch.addcmul(self._shift, rows, self._scale).float().cpu().numpy()
+            if np.isfinite(features).all():
+                figure.unread.append(features)
+            else:
+                self.scheduler.fail(figure.character, "the model decoded to NaN or infinity; are its weights whole?")
+
+    def _block(self, figure: _Figure) -> Motion:
+        features = np.concatenate(figure.unread)
+        rotations, root, last = _stand(features, figure.last)
+        motion = Motion(rotations=rotations, root=root, offsets=self.model.offsets, text=figure.text)
+        motion.features = features
+        figure.unread, figure.last = [], last
+        return motion
+
+
+def _lost(figure: _Figure) -> bool:
+    """Over before its end: no frames will come."""
+    return figure.character.over and figure.character.state != "done"
+
+
+def _stand(features: np.ndarray, last: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotations ``[T, 22, 3, 3]`` and root ``[T, 3]`` of features ``[T, 272]`` that follow on ``last``, and the new last.
+
+    A clip starts at the origin and faces +Z, so a frame before it whose first step leads to where the figure stands, and
+    whose heading change turns it as it has turned, stands for everything before.
+    """
+    x = torch.from_numpy(features.astype(np.float64))
+    skip = 0 if last is None else 1
+    if last is not None:
+        x = torch.cat((last[None], x))
+    back, path = heading_and_path(x)
+    rotations, root = local_pose(x)
+    end = x[-1].clone()
+    end[ROOT_VELOCITY] = path[-1, [0, 2]]
+    end[HEADING_CHANGE] = sixd_from_matrix(back[-1].T)
+    return rotations[skip:], root[skip:], end
