@@ -106,8 +106,8 @@ def decode_attention(
     rows, heads, head_dim = q.shape
     capacity = k_cache.shape[2]
     o = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    if not q.numel():
-        return o
+    if not q.numel() or not capacity:
+        return o.zero_()
     if q.stride(2) != 1 or q.stride(1) != head_dim:
         q = q.contiguous()
     lengths, float8 = lengths.contiguous(), kv_scale is not None

@@ -5,7 +5,11 @@ import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.kernels.attention import attention, prefix_attention, prefix_mask, reference
+from kinetok.kernels.attention import attention, decode_attention, prefix_attention, prefix_mask, reference
+from kinetok.kernels.ops import DECOMPOSITIONS
+
+OPS = torch.ops.kinetok
+FLOAT8 = torch.float8_e4m3fn
 
 
 def test_text_sees_text_and_motion_sees_what_came_before() -> None:
@@ -45,12 +49,49 @@ def ragged(head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tens
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_prefix_kernel_against_float64(launcher, device, head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 2e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_prefix_kernel_against_float64(launcher, device, head_dim: int, dtype: torch.dtype, near: float) -> None:
     (q, k, v), text, lengths = ragged(head_dim, dtype)
     mixed, _ = launcher("attention").prefix_attention(*(x.to(device) for x in (q, k, v, text, lengths)))
+    torch.testing.assert_close(mixed.cpu().double(), by_loops(q, k, v, text, lengths), atol=near, rtol=0)
+
+
+def test_prefix_kernels_take_strides_and_nothing_and_rows_alone(launcher, device) -> None:
+    kernels = launcher("attention")
+    x, text, lengths = ragged(16)
+    packed = torch.stack((*x, torch.randn_like(x[0])), dim=2).to(
+        device
+    )  # [B, T, 4, H, hd], as a projection writes them
+    text, lengths = text.to(device), lengths.to(device)
+    apart = [z.contiguous() for z in packed.unbind(2)]
+    loose = [z.transpose(1, 2).contiguous().transpose(1, 2) for z in packed.unbind(2)]  # heads are not adjacent
+
+    def run(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, rows: slice) -> list[Tensor]:
+        given = [z[rows] for z in (q, k, v, text, lengths)]
+        o, lse = kernels.prefix_attention(*given)
+        return [o, lse, *kernels.prefix_attention_backward(grad[rows], *given, o, lse)]
+
+    wanted = run(*apart, slice(None))
+    for views in (packed.unbind(2), loose):
+        for mine, same in zip(run(*views, slice(None)), wanted, strict=True):
+            assert torch.equal(mine, same)
+    for row in range(4):
+        for alone, crowd in zip(run(*apart, slice(row, row + 1)), wanted, strict=True):
+            assert torch.equal(alone, crowd[row : row + 1])
+    assert [len(z) for z in run(*apart, slice(0, 0))] == [0] * 5
+    assert all(z.numel() == 0 for z in run(*(z[:, :0] for z in apart), slice(None)))
+
+
+def test_prefix_kernel_on_extreme_values(launcher, device) -> None:
+    (q, k, v), text, lengths = ragged(16)
+    q, k, v = q * 1e3, k * 1e3, v * 1e30
     wanted = by_loops(q, k, v, text, lengths)
-    torch.testing.assert_close(mixed.cpu().double(), wanted, atol=2e-5 if dtype == torch.float32 else 3e-3, rtol=0)
+    q[0, 30, 1] = torch.nan
+    mixed, _ = launcher("attention").prefix_attention(*(x.to(device) for x in (q, k, v, text, lengths)))
+    mixed = mixed.cpu()
+    assert mixed[0, 30, 1].isnan().all()
+    mixed[0, 30, 1] = wanted[0, 30, 1].float()  # neither hidden nor spread
+    torch.testing.assert_close(mixed.double(), wanted, rtol=1e-4, atol=0)
 
 
 def test_padding_does_not_count(launcher, device) -> None:
@@ -102,12 +143,85 @@ def test_decode_kernel_against_float64_and_alone(launcher, device, head_dim: int
         assert torch.equal(decode(*(x[row : row + 1].contiguous() for x in on), None), mixed[row : row + 1])
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, FLOAT8])
+def test_decode_kernel_on_small_types_and_strides(launcher, device, kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([70, 3])
+    dtype = torch.bfloat16 if kind == FLOAT8 else kind
+    q = torch.randn(2, 3, 3, 100).to(dtype)[:, 1]  # of q, k and v side by side
+    k, v = (torch.randn(2, 3, 75, 100).to(kind) for _ in range(2))
+    kv_scale = torch.rand(2, 2, 3) + 0.5 if kind == FLOAT8 else None
+    wanted = reference.decode_attention(q.double(), k.double(), v.double(), lengths, kv_scale)
+    decode = launcher("attention").decode_attention
+    on = [x.to(device) for x in (k, v, lengths)], None if kv_scale is None else kv_scale.to(device)
+    mixed = decode(q.to(device), *on[0], on[1])
+    torch.testing.assert_close(mixed.cpu().double(), wanted, atol=1e-5, rtol=torch.finfo(dtype).eps)
+    loose = q.transpose(1, 2).contiguous().transpose(1, 2).to(device)  # no two numbers of a head are adjacent
+    assert torch.equal(decode(loose, *on[0], on[1]), mixed)
+
+
+def test_decode_kernel_on_nothing_and_extreme_values(launcher, device) -> None:
+    torch.manual_seed(0)
+    decode = launcher("attention").decode_attention
+    q, k, v = torch.randn(3, 2, 16) * 1e3, torch.randn(3, 2, 70, 16) * 1e3, torch.randn(3, 2, 70, 16) * 1e30
+    lengths = torch.tensor([70, 65, 1])
+    wanted = reference.decode_attention(q.double(), k.double(), v.double(), lengths)
+    q[1, 1] = torch.nan
+    q, k, v, lengths = (x.to(device) for x in (q, k, v, lengths))
+    mixed = decode(q, k, v, lengths, None).cpu()
+    assert mixed[1, 1].isnan().all()
+    mixed[1, 1] = wanted[1, 1].float()
+    torch.testing.assert_close(mixed.double(), wanted, rtol=1e-4, atol=0)
+    assert decode(q[:0], k[:0], v[:0], lengths[:0], None).shape == (0, 2, 16)
+    for route in (decode, reference.decode_attention):
+        assert not route(q.nan_to_num(), k[:, :, :0], v[:, :, :0], lengths * 0, None).any()
+
+
+@pytest.mark.parametrize("route", ["definition", "kernel"])
+def test_a_row_decodes_to_the_same_bits_among_256(launcher, device, route: str) -> None:
+    torch.manual_seed(0)
+    decode = reference.decode_attention if route == "definition" else launcher("attention").decode_attention
+    lengths = torch.randint(1, 71, (257,))
+    on = [x.to(device) for x in (torch.randn(257, 1, 16), *torch.randn(2, 257, 1, 70, 16), lengths)]
+    crowd = decode(*on, None)
+    for row in (0, 100, 256):
+        assert torch.equal(decode(*(x[row : row + 1] for x in on), None), crowd[row : row + 1])
+
+
 def test_operators_are_sound() -> None:
     (q, k, v), text, lengths = ragged(8)
     inputs = (*(x.requires_grad_() for x in (q, k, v)), text, lengths)
-    torch.library.opcheck(torch.ops.kinetok.prefix_attention.default, inputs)
+    torch.library.opcheck(OPS.prefix_attention.default, inputs)
+    plain = [x.detach() for x in inputs]
+    o, lse = OPS.prefix_attention(*plain)
+    torch.library.opcheck(OPS.prefix_attention_backward.default, (torch.ones_like(o), *plain, o, lse))
     q, slab, lengths = torch.randn(2, 1, 8), torch.randn(2, 1, 6, 8), torch.tensor([6, 2])
-    torch.library.opcheck(torch.ops.kinetok.decode_attention.default, (q, slab, slab.clone(), lengths, None))
+    torch.library.opcheck(OPS.decode_attention.default, (q, slab, slab.clone(), lengths, None))
+    eight = slab.to(FLOAT8), slab.to(FLOAT8)
+    checks = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"  # torch compares no float8
+    torch.library.opcheck(OPS.decode_attention.default, (q, *eight, lengths, torch.ones(2, 2, 1)), test_utils=checks)
+
+
+def test_compile_and_export_keep_the_operators() -> None:
+    class Step(torch.nn.Module):
+        def forward(self, x: Tensor, text: Tensor, slab: Tensor, lengths: Tensor) -> Tensor:
+            mixed = prefix_attention(*x.unbind(0), text)
+            return mixed.sum((1, 2))[:, None] + decode_attention(x[0, :, 0, :1], slab, slab, lengths)
+
+    def args(rows: int) -> tuple[Tensor, ...]:
+        torch.manual_seed(rows)
+        text = torch.arange(rows) % 4
+        return torch.randn(3, rows, 5, 2, 8), text, torch.randn(rows, 1, 6, 8), text + 1
+
+    module = Step()
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(*args(3)), module(*args(3)))
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(module, args(3), dynamic_shapes=({1: rows}, {0: rows}, {0: rows}, {0: rows}))
+    assert {OPS.prefix_attention.default, OPS.decode_attention.default} <= {n.target for n in program.graph.nodes}
+    torch.testing.assert_close(program.module()(*args(7)), module(*args(7)))
+    lowered = program.run_decompositions(DECOMPOSITIONS)
+    assert not any("kinetok" in str(node.target) for node in lowered.graph.nodes)
+    torch.testing.assert_close(lowered.module()(*args(7)), module(*args(7)))
 
 
 def test_backends_agree_or_say_why_not() -> None:
