@@ -2,7 +2,7 @@
 
 The other routes get their input in the layout they are best at, ``[clips, channels, frames]``, made outside the clock:
 PyWavelets (on a CPU, where it is installed), and the grouped convolution that the released code makes of a level.
-PyWavelets' orthonormal scale is left as it is, so it does one multiplication less.
+PyWavelets' orthonormal scale is left as it is, and the lows and highs of its last level are left apart.
 """
 
 from importlib.util import find_spec
@@ -64,11 +64,11 @@ def with_pywavelets(x: Tensor, wavelet: str, levels: int, inverse: bool) -> dict
 
     array, mode = x.numpy(), "reflect" if wavelet == "haar" else "periodization"
 
-    def analysis(*_: Tensor) -> np.ndarray:
-        y = array
-        for _ in range(levels):
-            y = np.concatenate(pywt.dwt(y, wavelet, mode=mode, axis=-1), axis=1)
-        return y
+    def analysis(*_: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        bands = pywt.dwt(array, wavelet, mode=mode, axis=-1)
+        for _ in range(levels - 1):
+            bands = pywt.dwt(np.concatenate(bands, axis=1), wavelet, mode=mode, axis=-1)
+        return bands
 
     def synthesis(*_: Tensor) -> np.ndarray:
         y = array

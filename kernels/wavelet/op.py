@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.kernels.ops import kernel_op, takes_op
-from kinetok.kernels.wavelet import reference
+from kinetok.kernels.wavelet import cpu, reference
 
 Wavelet = Literal["haar", "db2", "db3", "db4"]
 Mode = Literal["reflect", "periodic"]
@@ -116,7 +116,7 @@ def dwt(
         )
     if levels == 0:
         return x
-    route = _dwt if takes_op(x) else reference.dwt
+    route = _dwt if takes_op(x) else cpu.dwt
     return route(x, levels, wavelet, mode, GAINS[scale], tree, channels_last)
 
 
@@ -140,5 +140,5 @@ def idwt(
     if y.shape[axis] % 2**levels:
         kind = "channels" if tree == "packet" else "coefficients"
         raise UserError(f"idwt: expected a multiple of {2**levels} {kind} for {levels} levels, got {y.shape[axis]}")
-    route = _idwt if takes_op(y) else reference.idwt
+    route = _idwt if takes_op(y) else cpu.idwt
     return route(y, levels, wavelet, 1 / GAINS[scale], tree, channels_last)

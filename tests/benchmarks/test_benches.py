@@ -71,3 +71,15 @@ def test_a_benchmark_runs(name: str) -> None:
         assert row["check"]["passed"], harness.text_of(row)
         assert row["faster_than"]["eager"] > 0 and row["share_of_limit"] > 0
         assert f"{op} " in harness.text_of(row)
+
+
+def test_the_goals_on_a_cpu_name_routes_that_there_are(monkeypatch, tmp_path) -> None:
+    goals = importlib.import_module("cpu_goals")
+    assert [(bench.op, goal) for bench, _, _, goal in goals.GOALS if goal] == [("fsq_encode", 10.0), ("dwt", 3.0)]
+    for bench, size, other, goal in goals.GOALS:
+        if other == "PyWavelets":
+            pytest.importorskip("pywt", reason="PyWavelets is the other route")
+        tiny = Bench(bench.op, {size: TINY["wavelet" if "dwt" in bench.op else "fsq"][bench.op]}, bench.build)
+        row = goals.measure(tiny, size, other, goal, 2)
+        assert row["check"]["passed"] and set(row["faster"]) == {"wall", "cpu"} and row["goal"] == goal
+        assert "times as fast as" in goals.text_of(row)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kinetok.errors import UserError
 from kinetok.kernels import dwt, idwt
 from kinetok.kernels.ops import DECOMPOSITIONS
-from kinetok.kernels.wavelet import reference
+from kinetok.kernels.wavelet import cpu, reference
 
 OPS = torch.ops.kinetok
 WAVELETS = sorted(reference.SCALING)
@@ -112,6 +112,32 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(lambda x: OPS.dwt(x, 2, "db2", "periodic", 0.5, "pyramid", False), x)
     y = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda y: OPS.idwt(y, 2, "db3", 2.0, "packet", True), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [True, False])
+def test_the_cpu_route_is_the_definition(last: bool, dtype: torch.dtype) -> None:
+    near = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    for levels, time, mode in ((1, 9, "reflect"), (2, 16, "reflect"), (3, 21, "periodic"), (6, 3, "reflect")):
+        x = torch.randn((5, time, 7) if last else (5, 7, time)).to(dtype)
+        y = cpu.dwt(x, levels, "haar", mode, 0.5, "packet", last)
+        exact = reference.dwt(x.double(), levels, "haar", mode, 0.5, "packet", last)
+        assert y.dtype == dtype and y.is_contiguous()
+        torch.testing.assert_close(y.double(), exact, atol=near, rtol=0)
+        back = cpu.idwt(y, levels, "haar", 2.0, "packet", last)
+        exact = reference.idwt(y.double(), levels, "haar", 2.0, "packet", last)
+        assert back.dtype == dtype and back.is_contiguous()
+        torch.testing.assert_close(back.double(), exact, atol=near * 2**levels, rtol=near)
+        assert torch.equal(cpu.dwt(x[3:4], levels, "haar", mode, 0.5, "packet", last), y[3:4])
+
+
+def test_the_cpu_route_carries_gradients_after_inference() -> None:
+    with torch.inference_mode():
+        dwt(torch.randn(1, 2, 10), 1, scale="orthonormal")
+    x = torch.randn(1, 2, 9, requires_grad=True)
+    dwt(x, 1, scale="orthonormal").square().sum().backward()
+    torch.testing.assert_close(x.grad[..., :7], 2 * x.detach()[..., :7])
+    torch.testing.assert_close(x.grad[..., 7], 4 * x.detach()[..., 7])  # the frame that the extension repeats
 
 
 KERNEL_CASES = [  # wavelet, mode, levels, frames, channels, tree, channels_last
