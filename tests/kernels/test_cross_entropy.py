@@ -71,6 +71,15 @@ def test_kernel_against_float64(launcher, device, rows, classes, dtype):
     assert torch.equal(alone, total) and nothing.numel() == none.numel() == 0
 
 
+def test_kernel_reads_strides(launcher, device):
+    hidden, weight, targets = inputs(26, 33, 16, device=device)
+    wide = torch.stack((hidden, hidden), dim=2)[..., 0], weight.T.contiguous().T, targets.repeat_interleave(2)[::2]
+    kernels = launcher("cross_entropy")
+    got = kernels.linear_cross_entropy_sum(*wide, IGNORED, True)
+    for mine, wanted in zip(got, kernels.linear_cross_entropy_sum(hidden, weight, targets, IGNORED, True), strict=True):
+        close(mine, wanted, 1e-6)
+
+
 def test_kernel_on_extreme_logits(launcher, device):
     targets = torch.tensor([0, 5, 5, 4999], device=device)
     logits = torch.zeros(4, 5000, device=device)

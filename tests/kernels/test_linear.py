@@ -203,12 +203,12 @@ def test_a_row_has_the_same_bits_in_a_crowd(
 ) -> None:
     columns = 1100 if kind == "bf16" else 300  # 1100 is split
     packed = pack(weight_of(60, columns), kind, group=group)
-    crowd = rows_of(70, columns, dtype_of(kind))
+    crowd = rows_of(257, columns, dtype_of(kind))
     kernels = family.reference if route == "definition" else launcher("linear")
     if route == "kernel":
         packed, crowd = packed.to(device), crowd.to(device)
     alone = call(kernels, crowd[16:17], packed, EPS, wide=True)
-    for batch in (17, 33, 70):  # a tile of 32, of 64, two of 64
+    for batch in (17, 33, 257):  # a tile of 32, of 64 (int4: two of 32), four of 64 and one more in another launch
         assert torch.equal(call(kernels, crowd[:batch], packed, EPS, wide=True)[16:17], alone)
 
 

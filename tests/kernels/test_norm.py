@@ -88,21 +88,28 @@ def test_kernels_read_strided_rows(launcher, device) -> None:
 
 
 def test_extreme_values(launcher, device) -> None:
+    kernels = launcher("norm")
     for factor in (1e-18, 1e17):
-        x, _, scale = inputs((2, 64), device=device)
-        x *= factor
-        torch.testing.assert_close(
-            launcher("norm").rms_norm(x, scale, EPS).double(), exact(x, scale), **rounding(x.dtype)
-        )
+        x, residual, scale = inputs((2, 64), device=device)
+        x, residual = x * factor, residual * factor
+        torch.testing.assert_close(kernels.rms_norm(x, scale, EPS).double(), exact(x, scale), **rounding(x.dtype))
+        y, total = kernels.add_rms_norm(x, residual, scale, EPS)
+        torch.testing.assert_close(y.double(), exact(total, scale), **rounding(x.dtype))
+    residual[1, 3] = torch.nan
+    y, total = kernels.add_rms_norm(x, residual, scale, EPS)
+    assert y.isnan().any(1).tolist() == [False, True] and y[1].isnan().all() and total.isnan().sum() == 1
 
 
 @pytest.mark.parametrize("route", ["definition", "kernel"])
 def test_a_row_has_the_same_bits_in_a_crowd(launcher, device, route: str) -> None:
-    x, residual, scale = inputs((257 if route == "definition" else 9, 192), device=device)
-    add = norm.reference.add_rms_norm if route == "definition" else launcher("norm").add_rms_norm
-    crowd, alone = add(x, residual, scale, EPS), add(x[3:4], residual[3:4], scale, EPS)
-    for many, one in zip(crowd, alone, strict=True):
-        assert torch.equal(many[3:4], one)
+    x, residual, scale = inputs((257, 192), device=device)
+    family = norm.reference if route == "definition" else launcher("norm")
+    crowd, plain = family.add_rms_norm(x, residual, scale, EPS), family.rms_norm(x, scale, EPS)
+    for row in (0, 3, 256):
+        alone = family.add_rms_norm(x[row : row + 1], residual[row : row + 1], scale, EPS)
+        for many, one in zip(crowd, alone, strict=True):
+            assert torch.equal(many[row : row + 1], one)
+        assert torch.equal(plain[row : row + 1], family.rms_norm(x[row : row + 1], scale, EPS))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (0, 5)])

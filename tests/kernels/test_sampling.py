@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kinetok.errors import UserError
+from kinetok.kernels import sampling
 from kinetok.kernels.linear import linear, pack
 from kinetok.kernels.sampling import (
     Draw,
@@ -301,13 +302,49 @@ def test_rows_without_numbers_fail_alone(launcher, device) -> None:
     assert torch.equal(mine.status.cpu(), theirs.status) and torch.equal(mine.position.cpu(), theirs.position)
 
 
-def test_a_row_is_drawn_alike_in_a_crowd(launcher, device) -> None:
-    kernels = launcher("sampling")
-    logits = logits_of(101, "random").to(device)
-    crowd = sampled(kernels, logits, SamplingState.start(DRAWS, device), -1)
-    for row in (1, 4, 5):
-        alone = sampled(kernels, logits[row : row + 1], SamplingState.start(DRAWS[row : row + 1], device), -1)
+@pytest.mark.parametrize("route", ["definition", "kernel"])
+def test_a_row_is_drawn_alike_among_256(launcher, device, route: str) -> None:
+    kernels = launcher("sampling") if route == "kernel" else sampling.reference
+    device = device if route == "kernel" else torch.device("cpu")
+    draws = [Draw(most=9, seed=row, temperature=row % 2) for row in range(257)]  # quick ones under the interpreter
+    for row, draw in zip((0, 100, 255, 256), (DRAWS[1], DRAWS[3], DRAWS[4], DRAWS[5]), strict=True):
+        draws[row] = draw
+    logits = torch.randn(257, 101, generator=torch.Generator().manual_seed(0)).to(device) * 4
+    crowd = sampled(kernels, logits, SamplingState.start(draws, device), -1)
+    for row in (0, 100, 255, 256):
+        alone = sampled(kernels, logits[row : row + 1], SamplingState.start(draws[row : row + 1], device), -1)
         assert torch.equal(crowd[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("route", ["definition", "kernel"])
+def test_a_row_is_greedy_alike_among_256(launcher, device, route: str) -> None:
+    kernels = launcher("sampling") if route == "kernel" else sampling.reference
+    device = device if route == "kernel" else torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    head = pack(torch.randn(130, 40, generator=generator), "fp32").to(device)
+    x = torch.randn(257, 40, generator=generator).to(device)
+    fixed = head.data, head.scale, head.counters, head.kind, head.group, head.rows
+
+    def step(rows: slice) -> torch.Tensor:
+        state = SamplingState.start([Draw(most=2)] * 257, device)
+        live = (getattr(state, name)[rows] for name in ("position", "least", "remaining", "status"))
+        return kernels.greedy_step(x[rows], *fixed, 1e-5, *live, -1, -1)
+
+    crowd = step(slice(None))  # four tiles of 64 and one row in another launch
+    assert crowd.unique().numel() > 20
+    for row in (0, 17, 100, 255, 256):
+        assert torch.equal(step(slice(row, row + 1)), crowd[row : row + 1])
+
+
+def test_steps_of_no_rows(launcher, device) -> None:
+    head = pack(torch.randn(5, 8), "fp32").to(device)
+    none = SamplingState.start([], device)
+    kernels = launcher("sampling")
+    for family in (kernels, sampling.reference):
+        assert sampled(family, torch.empty(0, 5, device=device), none, -1).shape == (0,)
+        live = none.position, none.least, none.remaining, none.status
+        fixed = head.data, head.scale, head.counters, head.kind, head.group, head.rows
+        assert family.greedy_step(torch.empty(0, 8, device=device), *fixed, None, *live, -1, -1).shape == (0,)
 
 
 @pytest.mark.parametrize(("kind", "columns"), [("fp32", 40), ("int8", 1100)])
