@@ -104,6 +104,17 @@ class MotionDecoder(nn.Module):
                 self._table = table.to(device)
         return self._table
 
+    @torch.no_grad()
+    def lay_out_for_single_rows(self) -> None:
+        """Store weights with more rows than columns column by column: values, names and shapes stay as they are.
+
+        A CPU multiplies one position by such a weight at the speed at which it reads, and by torch's own layout at
+        0.6 of it (0.45 of it for the default model's head). The order of the sums changes with the layout.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.out_features > module.in_features:
+                module.weight.data = module.weight.data.T.contiguous().T
+
     def forward(self, tokens: Tensor, text_features: Tensor, text_mask: Tensor, *, dropout: float = 0.0) -> Tensor:
         """Logits ``[B, T, head_rows]`` in the training layout: the head on ``states``."""
         return self.head(self.states(tokens, text_features, text_mask, dropout=dropout))

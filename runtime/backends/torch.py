@@ -26,6 +26,8 @@ class TorchBackend:
                 f"expected at least one slot and 1 to {config.block_size} positions, got {slots} and {capacity}"
             )
         self.decoder, self.slots, self.capacity, self.device = decoder, slots, capacity, weight.device
+        if self.device.type == "cpu":
+            decoder.lay_out_for_single_rows()
         shape = (2, config.n_layer, slots, config.n_head, capacity, config.head_dim)
         self.slab = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
         self.lengths = [0] * slots
@@ -89,4 +91,7 @@ class TorchBackend:
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """``x [n, K]`` times the transpose of ``weight [N, K]``, one product a row: a single one for all rows would sum in an
     order that depends on how many there are."""
-    return torch.bmm(x[:, None], weight.T.expand(len(x), -1, -1))[:, 0]
+    if x.is_cuda:
+        return torch.bmm(x[:, None], weight.T.expand(len(x), -1, -1))[:, 0]
+    # A batched product of weights that lie column by column does not keep a row's bits; products one by one do.
+    return torch.cat([F.linear(row, weight) for row in x.split(1)])

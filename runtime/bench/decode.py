@@ -21,7 +21,7 @@ from kinetok.runtime.bench.machine import machine
 from kinetok.runtime.bench.record import Row, report
 from kinetok.runtime.bench.routes import (
     DTYPES,
-    Cached,
+    Backended,
     CannotRun,
     Compiled,
     Graph,
@@ -122,7 +122,7 @@ def route(name: str, decoder: MotionDecoder, batch: int, capacity: int) -> Any:
     if name == "ort":
         raise CannotRun("there is no ONNX export of these weights")
     makers: dict[str, Callable[[], Any]] = {
-        "ours": lambda: Cached(decoder),
+        "ours": lambda: Backended(decoder, batch, capacity),
         "uncached": lambda: Uncached(decoder),
         "hf": lambda: HuggingFace(decoder),
         "compile": lambda: Compiled(decoder),

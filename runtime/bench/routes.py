@@ -4,6 +4,7 @@ Each is greedy over the motion tokens (the end token is banned, so that all writ
 ``[B, L, D]``, calls ``mark`` after each token, and returns tokens ``[B, n]``. The rows' texts are equally long.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from kinetok.kernels.rotary import apply_rotary
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.pretrained import build
+from kinetok.runtime.backends.torch import TorchBackend
 
 Mark = Callable[[], None]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -67,23 +69,26 @@ class Uncached:
         return rows[:, features.shape[1] :]
 
 
-class Cached:
-    """kinetok on a CPU: the decoder's own prefill and cached steps."""
+class Backended:
+    """kinetok as an engine runs it: prefill and steps of its torch backend, all characters at once, without sampling."""
 
     name: ClassVar[str] = "ours"
 
-    def __init__(self, decoder: MotionDecoder) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: MotionDecoder, batch: int, capacity: int) -> None:
+        if decoder.embed.weight.device.type == "cpu":
+            decoder = copy.deepcopy(decoder)  # the backend lays weights out anew, which peers must not gain or lose by
+        self.backend = TorchBackend(decoder, batch, capacity)
 
     @torch.inference_mode()
     def run(self, features: Tensor, count: int, mark: Mark) -> Tensor:
-        decoder = self.decoder
-        # The last token is never fed back, so it takes no position.
-        cache = decoder.new_cache(len(features), features.shape[1] + count - 1)
-        tokens = [_pick(decoder.prefill(list(features), cache), decoder.config)]
+        backend = self.backend
+        slots = range(len(features))
+        config = backend.decoder.config
+        logits = torch.stack([backend.prefill(slot, features[slot]) for slot in slots])
+        tokens = [_pick(logits, config)]
         mark()
         while len(tokens) < count:
-            tokens.append(_pick(decoder.decode_step(tokens[-1], cache), decoder.config))
+            tokens.append(_pick(backend.decode(slots, tokens[-1]), config))
             mark()
         return torch.stack(tokens, 1)
 

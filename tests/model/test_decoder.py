@@ -66,6 +66,20 @@ def test_padding_of_the_text_does_not_matter() -> None:
         torch.testing.assert_close(decoder(tokens, padded, wide), decoder(tokens, features, mask))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_layout_for_single_rows_changes_no_value(tied: bool) -> None:
+    decoder = small(tie_weights=tied)
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
+    tokens, features, mask = torch.randint(30, (1, 10)), torch.randn(1, 3, 6), torch.ones(1, 3)
+    wanted = decoder(tokens, features, mask)
+    decoder.lay_out_for_single_rows()
+    decoder.lay_out_for_single_rows()
+    assert decoder.blocks[0].qkv.weight.stride() == (1, 60) and decoder.blocks[0].down.weight.stride() == (256, 1)
+    assert (decoder.head.weight is decoder.embed.weight) is tied
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
+    torch.testing.assert_close(decoder(tokens, features, mask), wanted)
+
+
 def test_too_many_positions_are_refused() -> None:
     decoder = small()
     with pytest.raises(UserError, match="at most 24"):

@@ -50,7 +50,7 @@ def test_every_peer_writes_our_tokens(peer: str, tied: bool) -> None:
         "hf": lambda: routes.HuggingFace(decoder),
     }[peer]()
     found = route.run(features, 12, lambda: marks.append(0))
-    ours = routes.Cached(decoder).run(features, 12, lambda: None)
+    ours = routes.Backended(decoder, 3, 24).run(features, 12, lambda: None)
     assert found.tolist() == ours.tolist() and len(marks) == 12
     if not tied:
         assert len(ours.unique()) > 15
@@ -84,8 +84,8 @@ def test_a_report_has_every_figure_and_is_json(tiny) -> None:
 
 
 def test_a_peer_with_other_tokens_gets_no_speed(tiny, monkeypatch) -> None:
-    other = routes.random_decoder(DecoderConfig(**CONFIG), CPU, torch.float32, 4)
-    monkeypatch.setattr(decode, "Uncached", lambda decoder: routes.Uncached(other))
+    other = routes.Uncached(routes.random_decoder(DecoderConfig(**CONFIG), CPU, torch.float32, 4))
+    monkeypatch.setattr(decode, "Uncached", lambda decoder: other)
     report = decode.measure(settings(peers=("uncached",)), lambda line: None)
     assert [row["route"] for row in report["rows"]] == ["ours"]
     assert "other tokens" in report["cannot_run"][0]["reason"]
@@ -93,7 +93,7 @@ def test_a_peer_with_other_tokens_gets_no_speed(tiny, monkeypatch) -> None:
 
 def test_near_ties_are_told_from_other_tokens(tiny) -> None:
     features = torch.randn(1, 4, 8)
-    ours = routes.Cached(tiny).run(features, 8, lambda: None)
+    ours = routes.Backended(tiny, 1, 24).run(features, 8, lambda: None)
     assert decode.agree(tiny, features, ours, ours) == {
         "passed": True,
         "near_ties": 0,
