@@ -19,7 +19,7 @@ FILES = ["pybvh>=0.9,<0.10", "pygltflib>=1.16.5", "pillow>=11", "imageio-ffmpeg>
 VIEWER = ["viser>=1.1.1"]
 TRAIN = ["tensorboard>=2.18"]
 TRITON = ["triton>=3.6,<3.10; sys_platform == 'linux'"]
-ONNX = ["onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.30,<1.32"]
+ONNX = ["onnx>=1.20", "onnxruntime>=1.30,<1.32"]
 DEV = [
     "hypothesis",
     "import-linter",
@@ -62,7 +62,7 @@ setup(
         "onnx": ONNX,
         "tensorrt": ["tensorrt>=11"],
         "tensorrt-rtx": ["tensorrt-rtx-cu13>=1.7"],
-        "dev": [*TEXT, *FILES, *VIEWER, *TRAIN, *TRITON, *DEV],
+        "dev": [*TEXT, *FILES, *VIEWER, *TRAIN, *TRITON, *ONNX, *DEV],
     },
     entry_points={"console_scripts": ["kinetok=kinetok.cli:main"]},
 )
