@@ -18,6 +18,7 @@ TEXT = ["transformers>=5.17", "sentencepiece"]
 FILES = ["pybvh>=0.9,<0.10", "pygltflib>=1.16.5", "pillow>=11", "imageio-ffmpeg>=0.6"]
 VIEWER = ["viser>=1.1.1"]
 TRAIN = ["tensorboard>=2.18"]
+DATA = ["pyarrow>=20"]
 TRITON = ["triton>=3.6,<3.10; sys_platform == 'linux'"]
 ONNX = ["onnx>=1.20", "onnxruntime>=1.30,<1.32"]
 DEV = [
@@ -59,10 +60,11 @@ setup(
         "files": FILES,
         "viewer": VIEWER,
         "train": TRAIN,
+        "data": DATA,
         "onnx": ONNX,
         "tensorrt": ["tensorrt>=11"],
         "tensorrt-rtx": ["tensorrt-rtx-cu13>=1.7"],
-        "dev": [*TEXT, *FILES, *VIEWER, *TRAIN, *TRITON, *ONNX, *DEV],
+        "dev": [*TEXT, *FILES, *VIEWER, *TRAIN, *DATA, *TRITON, *ONNX, *DEV],
     },
     entry_points={"console_scripts": ["kinetok=kinetok.cli:main"]},
 )

@@ -59,7 +59,7 @@ def import_motions(
             if progress is not None:
                 progress(done, len(found.sources), file)
             try:
-                usable.append((one, *_record(one.path)))
+                usable.append((one, *read_recording(one.path)))
             except UserError as error:
                 found.refuse(file, str(error).removeprefix(f"{one.path}: "))
         if not usable:
@@ -89,7 +89,7 @@ def _is_import(folder: Path) -> bool:
     return {path.name for path in folder.iterdir()} == {MOTIONS, CLIPS, DROPPED}
 
 
-def _record(path: Path) -> tuple[Recording, int]:
+def read_recording(path: Path) -> tuple[Recording, int]:
     """A motion file at 30 frames a second, and how often its heading flips. ``UserError`` when it cannot be trained on."""
     motion = Motion.load(path)
     rotations, root = resample(motion.rotations.astype(np.float64), motion.root, motion.fps, FPS)
