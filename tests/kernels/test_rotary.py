@@ -169,6 +169,10 @@ def test_operators_are_sound() -> None:
     torch.library.opcheck(
         OPS.rotary_kv_write.default, (qkv, table, starts, torch.zeros(2, 2, 4, 6), torch.zeros(2, 2, 4, 6))
     )
+    eight = torch.zeros(2, 2, 4, 6).to(FLOAT8), torch.zeros(2, 2, 4, 6).to(FLOAT8)
+    checks = "test_autograd_registration", "test_faketensor"  # torch compares no float8
+    given = (qkv, table, starts, *eight, torch.ones(2, 2, 2))
+    torch.library.opcheck(OPS.rotary_kv_write.default, given, test_utils=checks)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
