@@ -1,0 +1,97 @@
+"""Every operator's ONNX form against its definition in ``kernels``, at both opsets."""
+
+import numpy as np
+import pytest
+import torch
+
+from kinetok.export import ops
+from kinetok.export.graph import Graph, WeightFile
+from kinetok.kernels.attention import reference as attention_reference
+from kinetok.kernels.fsq import reference as fsq_reference
+from kinetok.kernels.norm import reference as norm_reference
+from kinetok.kernels.rotary import reference as rotary_reference
+from kinetok.kernels.wavelet import reference as wavelet_reference
+
+OPSETS = pytest.mark.parametrize("opset", [18, 23])
+F32 = np.dtype(np.float32)
+
+
+def run(folder_of_graphs, opset, build, feeds, rank):
+    """Build a one-operator graph whose inputs are ``feeds``; returns its output."""
+
+    def graph(weights: WeightFile) -> Graph:
+        g = Graph("op", weights, opset)
+        names = [g.input(name, value.dtype, [f"{name}{i}" for i in range(value.ndim)]) for name, value in feeds.items()]
+        g.output(build(g, *names), "out", np.float32, [f"out{i}" for i in range(rank)])
+        return g
+
+    return folder_of_graphs(graph)["op"].run(None, feeds)[0]
+
+
+@OPSETS
+def test_rms_norm(folder_of_graphs, opset) -> None:
+    x, scale = torch.randn(3, 5, 17) * 4, torch.randn(17)
+    got = run(
+        folder_of_graphs, opset, lambda g, a, b: ops.rms_norm(g, a, b, F32), {"x": x.numpy(), "s": scale.numpy()}, 3
+    )
+    np.testing.assert_allclose(got, norm_reference.rms_norm(x.double(), scale.double()), atol=3e-6)
+
+
+@OPSETS
+@pytest.mark.parametrize("half", [1, 32, 50, 64])
+def test_rotate(folder_of_graphs, opset, half) -> None:
+    table = rotary_reference.rotary_table(40, 2 * half)
+    x, positions = torch.randn(2, 3, 5, 2 * half), torch.tensor([[0, 1, 2, 3, 4], [7, 39, 0, 5, 5]])
+
+    def build(g: Graph, a: str, at: str) -> str:
+        parts = tuple(g.weight(name, lambda i=i: table[..., i].numpy()) for i, name in enumerate(("cos", "sin")))
+        return ops.rotate(g, a, parts, at, half)
+
+    got = run(folder_of_graphs, opset, build, {"x": x.numpy(), "at": positions.numpy()}, 4)
+    wanted = rotary_reference.apply_rotary(x.double().transpose(1, 2), table.double()[positions]).transpose(1, 2)
+    np.testing.assert_allclose(got, wanted, atol=2e-6)
+
+
+@OPSETS
+@pytest.mark.parametrize("split", [False, True])
+def test_attention_sees_what_the_mask_says(folder_of_graphs, opset, split) -> None:
+    q, k, v = torch.randn(2, 3, 4, 10), torch.randn(2, 3, 7, 10), torch.randn(2, 3, 7, 10)
+    visible = torch.rand(2, 1, 4, 7) < 0.5
+    visible[..., 0] = True
+    got = run(
+        folder_of_graphs,
+        opset,
+        lambda g, *names: ops.attention(g, *names, 10, F32, split=split),
+        {"q": q.numpy(), "k": k.numpy(), "v": v.numpy(), "visible": visible.numpy()},
+        4,
+    )
+    wanted = attention_reference.attention(q.double(), k.double(), v.double(), visible)
+    np.testing.assert_allclose(got, wanted, atol=3e-6)
+
+
+@OPSETS
+@pytest.mark.parametrize("levels", [(8, 6, 5), (7, 5, 5, 5, 5), (8, 8, 8, 5, 5, 5)])
+def test_fsq_dequantize_is_exact(folder_of_graphs, opset, levels) -> None:
+    total = int(np.prod(levels))
+    tokens = torch.randint(0, total, (2, 50))
+    tokens[0, 0], tokens[0, 1] = 0, total - 1
+    got = run(folder_of_graphs, opset, lambda g, t: ops.fsq_dequantize(g, t, levels), {"tokens": tokens.numpy()}, 3)
+    np.testing.assert_array_equal(got, fsq_reference.fsq_dequantize(tokens, levels).numpy())
+
+
+@OPSETS
+@pytest.mark.parametrize("wavelet", ["haar", "db2", "db3", "db4"])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_idwt(folder_of_graphs, opset, wavelet, levels) -> None:
+    y = torch.randn(2, 5, 3 * 2**levels)
+    got = run(folder_of_graphs, opset, lambda g, a: ops.idwt(g, a, levels, wavelet, 2.0), {"y": y.numpy()}, 3)
+    wanted = wavelet_reference.idwt(y.double(), levels, wavelet, 2.0, "packet", True)
+    np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+@OPSETS
+def test_gelu_and_silu(folder_of_graphs, opset) -> None:
+    x = torch.linspace(-8, 8, 101)[None]
+    for ours, theirs in ((ops.gelu, torch.nn.functional.gelu), (ops.silu, torch.nn.functional.silu)):
+        got = run(folder_of_graphs, opset, ours, {"x": x.numpy()}, 2)
+        np.testing.assert_allclose(got, theirs(x.double()), atol=2e-6)
