@@ -94,4 +94,4 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     if x.is_cuda:
         return torch.bmm(x[:, None], weight.T.expand(len(x), -1, -1))[:, 0]
     # A batched product of weights that lie column by column does not keep a row's bits; products one by one do.
-    return torch.cat([F.linear(row, weight) for row in x.split(1)])
+    return F.linear(x, weight) if len(x) == 1 else torch.cat([F.linear(row, weight) for row in x.split(1)])
