@@ -129,6 +129,7 @@ of its results file. Each is a mean and, in brackets, the middle 95 % of {repeat
 Joints by forward kinematics, as files are written; acceleration relative to the pelvis.
 
 {_table(result["rows"], physical)}
+{_beside_real(result["rows"])}
 {_probes(result, charts)}## Where it comes from
 - Model: {model["model"]}, {model["parameters"]:,} parameters, SHA-256 {model["sha256"][:16]}; sampling:
   {_plain(model["sampling"])}.
@@ -165,6 +166,19 @@ def _arrow(direction: str) -> str:
 
 def _row_notes(rows: list[Any]) -> str:
     return "\n".join(f"- {row['title']}: {NOTES[row['name']]}" for row in rows) + "\n"
+
+
+def _beside_real(rows: list[Any]) -> str:
+    """How jerk and foot skate of each row compare with those of the first, the real clips of the split."""
+    real = rows[0]["figures"]
+    lines = ["| beside real test clips | jerk | foot skate |", "|---|---|---|"]
+    for row in rows[1:]:
+        cells = [
+            f"{row['figures'][name]['mean'] / real[name]['mean']:.2f} x" if real[name]["mean"] else "-"
+            for name in ("jerk", "foot_skate_cm_s")
+        ]
+        lines.append(f"| {row['title']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _counts(counts: list[int] | None) -> str:

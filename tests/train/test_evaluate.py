@@ -209,6 +209,8 @@ def test_results_and_page_hold_the_same_numbers(result: dict, tmp_path: Path) ->
         for name, figure in item["figures"].items():
             if figure is not None:
                 assert f"{figure['mean']:.{COLUMNS[name][2]}f} ({figure['low']:.{COLUMNS[name][2]}f} to" in text
+    jerk = {item["name"]: item["figures"]["jerk"]["mean"] for item in result["rows"]}
+    assert f"| model | {jerk['model'] / jerk['real']:.2f} x |" in text
     pictures = re.findall(r"\]\((images/\S+)\)", text)
     assert [tmp_path / "docs" / name for name in pictures] == files[:-1] and len(pictures) == 2
     for picture in files[:-1]:

@@ -99,7 +99,8 @@ class Entry:
                 raise UserError(f"expected {name} to be a count of frames, got {_short(value[name])}")
         captions = value["captions"]
         if not isinstance(captions, list) or not captions:
-            raise UserError(f"expected captions to be a list of sentences, got {_short(captions)}")
+            got = "none" if captions == [] else _short(captions)
+            raise UserError(f"expected captions to be a list of sentences, got {got}")
         known = {name: value[name] for name in cls.__slots__ if name in value}
         return cls(**{**known, "captions": tuple(map(check_prompt, captions))})
 

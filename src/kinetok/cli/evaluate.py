@@ -27,8 +27,10 @@ def default(
     model: Annotated[str | None, typer.Option(help="A model directory; the default model without.")] = None,
     data: Annotated[Path, typer.Option(help="Motion data in the form of data/cmu.")] = Path("data/cmu"),
     evaluator: Annotated[Path | None, typer.Option(help="An evaluator's folder; the packaged one without.")] = None,
-    out: Annotated[Path | None, typer.Option(help=f"The results file; {RESULT} without.")] = None,
-    page: Annotated[Path | None, typer.Option(help=f"The page made of it; {PAGE} without.")] = None,
+    out: Annotated[Path | None, typer.Option(help=f"The results file; {RESULT} without, in WORK with --model.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help=f"The page made of it; {PAGE} without, in WORK with --model.")
+    ] = None,
     work: Annotated[Path, typer.Option(help="Folder that keeps generated clips.")] = Path("runs/evaluation"),
     quick: Annotated[bool, typer.Option(help=f"A smoke run whose figures mean nothing, to {SMOKE}.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -44,8 +46,9 @@ def default(
     from kinetok.train.evaluation_page import check_page, check_target, write_page, write_result
     from kinetok.train.evaluator import load_evaluator
 
-    out = out or (SMOKE / "eval.json" if quick else RESULT)
-    page = page or (SMOKE / "evaluation.md" if quick else PAGE)
+    own = SMOKE if quick else work  # the committed files are the default model's
+    out = out or (own / "eval.json" if quick or model else RESULT)
+    page = page or (own / "evaluation.md" if quick or model else PAGE)
     check_target(out)
     check_page(page)
     engine = load(model)
