@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from kinetok.runtime.bench import clock, decode, record, tokenizer
+from kinetok.model.config import DecoderConfig
+from kinetok.runtime.bench import clock, decode, live, record, tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +49,29 @@ def test_tokenizer(kinetok, model, tmp_path) -> None:
     assert rows[0]["frames_per_s"] == pytest.approx(2 * rows[0]["output_throughput"])
 
 
+@pytest.mark.parametrize(("kind", "rows"), [("stream", [1]), ("crowd", [1, 3])])
+def test_stream_and_crowd(kinetok, model, tmp_path, kind, rows) -> None:
+    more = ("--characters", "1,3") if kind == "crowd" else ()
+    arguments = "bench", kind, "--model", model, "--seconds", "0.4", "--json", tmp_path / "s.json", *more
+    outcome = kinetok(*arguments)
+    assert outcome.code == 0 and "times real time" in outcome.out, outcome
+    found = record.read(tmp_path / "s.json")
+    assert [row["batch"] for row in found["rows"]] == rows
+    for row in found["rows"]:
+        assert row["tokens"] == 6 and row["p99_itl_ms" if kind == "crowd" else "p99_block_ms"] > 0
+        assert row["output_throughput"] == pytest.approx(row["batch"] * 6 / sorted(row["seconds"])[2])
+    if kind == "crowd":
+        assert found["characters_in_real_time"]["66.7_ms"] in (0, 1, 3)
+
+
+def test_random_weights_stream_too(monkeypatch) -> None:
+    small = DecoderConfig(n_layer=1, n_head=2, n_embd=16, text_dim=8)
+    monkeypatch.setattr(live, "decoder_preset", lambda name: small)
+    settings = live.LiveSettings(preset="111M", device=torch.device("cpu"), seconds=0.4)
+    (row,) = live.stream(settings, lambda line: None)["rows"]
+    assert row["tokens"] == 6 and row["model"] == "111M"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -55,6 +80,9 @@ def test_tokenizer(kinetok, model, tmp_path) -> None:
         (("decode", "--batch", "0"), "whole numbers"),
         (("decode", "--peers", "vllm"), "unknown peers"),
         (("decode", "--device", "tpu"), "device"),
+        (("stream", "--seconds", "60"), "0.2 to 10"),
+        (("crowd", "--characters", "0"), "whole numbers"),
+        (("crowd", "--dtype", "int8"), "dtype"),
         (("tokenizer", "--preset", "111M"), "released or default"),
     ],
 )

@@ -17,6 +17,8 @@ Preset = Annotated[str, typer.Option(help="A size of the paper (44M to 65B) with
 Model = Annotated[str | None, typer.Option(help="Model directory or hub id in place of random weights.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of a CPU; torch's own number without.")]
+Dtype = Annotated[str, typer.Option(help="fp32, fp16 or bf16.")]
+Seconds = Annotated[float, typer.Option(help="Length of each clip, up to 10.")]
 Batch = Annotated[str, typer.Option(help="Characters at once; a comma list measures each.")]
 Tokens = Annotated[str, typer.Option(help="Tokens of a clip; a comma list measures each.")]
 Repeats = Annotated[int, typer.Option(min=5, help="Timed runs of each route.")]
@@ -33,6 +35,8 @@ def register(app: typer.Typer) -> None:
         )
     )(decode)
     group.command(epilog=example("kinetok bench tokenizer --preset default --tokens 1,90"))(tokenizer)
+    group.command(epilog=example("kinetok bench stream --seconds 6"))(stream)
+    group.command(epilog=example("kinetok bench crowd --characters 1,8,32"))(crowd)
     group.command(epilog=example("kinetok bench compare before.json after.json"))(compare)
     app.add_typer(group, name="bench")
 
@@ -62,7 +66,7 @@ def decode(
     preset: Preset = "111M",
     model: Model = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    dtype: Dtype = "fp32",
     batch: Batch = "1",
     tokens: Tokens = "50,150",
     text: Annotated[int, typer.Option(min=1, help="Positions of the text before them.")] = 20,
@@ -121,6 +125,68 @@ def tokenizer(
         note=note,
     )
     report = bench.measure(settings)
+    if json_file is not None:
+        write(json_file, report)
+
+
+def stream(
+    preset: Preset = "default",
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    seconds: Seconds = 6.0,
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    json_file: Json = None,
+    note: Note = "",
+) -> None:
+    """One character's frames as they come: time to the first, time a block, times real time."""
+    _live("stream", json_file, preset, model, place(device, threads), dtype, seconds, repeats, note, [1])
+
+
+def crowd(
+    preset: Preset = "default",
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    characters: Annotated[str, typer.Option(help="Characters at once; a comma list measures each.")] = "1,8,32",
+    seconds: Seconds = 6.0,
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    json_file: Json = None,
+    note: Note = "",
+) -> None:
+    """Many characters at once: time of a step of all of them, and how many keep a deadline."""
+    crowds = numbers("characters", characters)
+    _live("crowd", json_file, preset, model, place(device, threads), dtype, seconds, repeats, note, crowds)
+
+
+def _live(
+    kind: str,
+    json_file: Path | None,
+    preset: str,
+    model: str | None,
+    device: "torch.device",
+    dtype: str,
+    seconds: float,
+    repeats: int,
+    note: str,
+    characters: list[int],
+) -> None:
+    from kinetok.runtime.bench import live
+    from kinetok.runtime.bench.record import write
+
+    settings = live.LiveSettings(
+        preset=preset,
+        model=model,
+        device=device,
+        dtype=dtype,
+        seconds=seconds,
+        characters=characters,
+        repeats=repeats,
+        note=note,
+    )
+    report = live.stream(settings) if kind == "stream" else live.crowd(settings)
     if json_file is not None:
         write(json_file, report)
 
