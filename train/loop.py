@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,6 +20,7 @@ from kinetok.files import whole_file
 from kinetok.train.checkpoints import FileCheckpoints, Found, save_whole
 from kinetok.train.journal import LOG, Journal, Silent
 from kinetok.train.optim import Average, LoopConfig, adamw, learning_rate
+from kinetok.train.packing import PackedDecoder, fill_rest
 
 BEST, ABOUT = "best.pt", "run.json"
 Result = TypeVar("Result")
@@ -32,8 +33,10 @@ class Task(Protocol):
     def module(self) -> nn.Module: ...
 
     def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
-        """Named losses of one batch; "loss" is the one to minimise. rng and torch's own generator are all it may draw
-        from: a resumed run puts both back."""
+        """Named losses of one batch; "loss" is the one to minimise, and parts of it may have gone backward already.
+
+        rng and torch's own generator are all it may draw from: a resumed run puts both back.
+        """
         ...
 
     def validate(self, module: nn.Module) -> Mapping[str, float]:
@@ -52,9 +55,38 @@ class Checkpoints(Protocol):
 
 
 class OneProcess:
-    """Training in this process alone."""
+    """Training in this process alone, on a GPU where there is one."""
 
-    rank, world = 0, 1
+    def __init__(self) -> None:
+        self.rank, self.world = 0, 1
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def running(self) -> AbstractContextManager[None]:
+        """Around a whole training."""
+        return contextlib.nullcontext()
+
+    def place(self, module: PackedDecoder, fill: Callable[[nn.Module], None], *, bf16: bool) -> None:
+        """Fill a module that is on the meta device with its first weights, and bring it to the device."""
+        for block in module.decoder.blocks:
+            fill(block)
+        fill_rest(module, fill)
+        module.to(self.device)
+
+    def computing(self, bf16: bool) -> AbstractContextManager[None]:
+        """Around a forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
+    def gathering_gradients(self, module: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Around a backward pass: gradients are added up over the processes in the last one of a step."""
+        return contextlib.nullcontext()
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return value
+
+    def plain(self, value: Tensor) -> Tensor:
+        """A number of which every process has a share, as a whole."""
+        return value
 
     def checkpoints(self, run: Path) -> Checkpoints:
         return FileCheckpoints(run)
@@ -202,12 +234,13 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         module.train()
+        optimizer.zero_grad(set_to_none=True)
         losses = task.loss(step, rng)
         if not losses["loss"].isfinite():
             raise UserError(f"{run}: the loss is {losses['loss'].item()} at step {step}; lower the learning rate")
-        optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(module.parameters(), math.inf if config.clip_norm is None else config.clip_norm)
+        most = math.inf if config.clip_norm is None else config.clip_norm
+        norm = processes.plain(nn.utils.clip_grad_norm_(module.parameters(), most))
         if not norm.isfinite():
             raise UserError(f"{run}: the gradient is not finite at step {step}; lower the learning rate")
         optimizer.step()

@@ -1,6 +1,6 @@
 """Sequences one after another without padding: every position of a batch is one that counts (section 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -11,7 +11,7 @@ from kinetok.errors import UserError
 from kinetok.kernels.attention import prefix_attention
 from kinetok.kernels.cross_entropy import linear_cross_entropy
 from kinetok.model.config import DecoderConfig
-from kinetok.model.decoder import MotionDecoder
+from kinetok.model.decoder import MotionDecoder, RMSNorm
 
 IGNORED = -100
 
@@ -124,3 +124,25 @@ class PackedDecoder(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Mean cross-entropy over the targets that count, a scalar in fp32 (fp64 in fp64)."""
         return linear_cross_entropy(self.states(batch), self.decoder.head.weight, batch.targets, IGNORED)
+
+
+def fill(part: nn.Module) -> None:
+    """Give a part of a decoder on the meta device its first weights: N(0, 0.02), norms 1, biases 0."""
+    part.to_empty(device="cpu")
+    for parameter in part.parameters():
+        if parameter.ndim >= 2:
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.zeros_(parameter)
+    for module in part.modules():
+        if isinstance(module, RMSNorm):
+            nn.init.ones_(module.scale)
+
+
+def fill_rest(module: PackedDecoder, fill: Callable[[nn.Module], None]) -> None:
+    """``fill`` everything outside of the blocks."""
+    decoder = module.decoder
+    for part in (decoder.embed, decoder.text_proj, decoder.norm, decoder.head):
+        fill(part)
+    if decoder.config.tie_weights:
+        decoder.head.weight = decoder.embed.weight

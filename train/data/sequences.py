@@ -217,3 +217,18 @@ class Sequences:
         at = int(np.flatnonzero(self._numbers == caption)[0])
         clip = int(np.searchsorted(self._starts, at, side="right")) - 1
         return self.store.captions(clip)[at - int(self._starts[clip])]
+
+
+def mean_lengths(folder: str | Path, most_text: int, least: int, most: int) -> tuple[float, float] | None:
+    """Mean text features and tokens of a draw from a store's training clips of ``least`` to ``most`` tokens.
+
+    None where the store has no text features yet; tokens are counted at 15 a second.
+    """
+    store = ClipStore(folder)
+    lengths = store.frames // 2
+    clips = np.flatnonzero((store.splits == "train") & (lengths >= least) & (lengths <= most))
+    if not (store.folder / TEXT / ABOUT).exists() or not len(clips):
+        return None
+    sizes = np.fromfile(store.folder / TEXT / TEXT_FILES[1], np.int32)
+    numbers = np.load(store.folder / TEXT / CAPTIONS, allow_pickle=False)
+    return float(np.minimum(sizes[numbers], most_text).mean()), float(lengths[clips].mean())

@@ -1,7 +1,8 @@
 """``kinetok train``."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +12,7 @@ from kinetok.errors import UserError
 DATA = typer.Option(help="Motion data: data/cmu, or what kinetok data import wrote.")
 RESUME = typer.Option(help="Continue the run in --out.")
 SEED = typer.Option(help="Seed of the run; the recipe's own without.", min=0)
+TOKENIZER = Path("runs/tokenizer/tokenizer.pt")
 THREADS = typer.Option(help="CPU threads; torch's choice without.", min=1)
 
 
@@ -21,6 +23,8 @@ def register(app: typer.Typer) -> None:
         epilog=example(
             "kinetok train decoder --recipe mini --tokenizer runs/tokenizer/tokenizer.pt",
             "kinetok train decoder --init default --data mydata --out runs/mine",
+            "kinetok train decoder --recipe motionmillion-7b --dry-run --processes 40",
+            "torchrun --nproc-per-node 8 -m kinetok train decoder --recipe motionmillion-3b --data store",
         )
     )(decoder)
     train.command(epilog=example("kinetok train evaluator --recipe mini"))(evaluator)
@@ -63,17 +67,52 @@ def decoder(
     ] = None,
     resume: Annotated[bool, RESUME] = False,
     seed: Annotated[int | None, SEED] = None,
-    steps: Annotated[int | None, typer.Option(help="With --init: how many steps; 300 without.", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="With --init (300 without), or a motionmillion recipe.", min=1)
+    ] = None,
     threads: Annotated[int | None, THREADS] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what a motionmillion recipe costs.")] = False,
+    processes: Annotated[int, typer.Option(help="With --dry-run: GPUs.", min=1)] = 1,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="With --dry-run: the measured rate of all GPUs together.")
+    ] = None,
+    positions: Annotated[int, typer.Option(help="Positions of one pass of a process.", min=1)] = 16_384,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute activations twice to keep fewer.")
+    ] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile of the blocks.")] = False,
+    sample_every: Annotated[int, typer.Option(help="Draw sample motions every so many steps; 0: never.", min=0)] = 0,
 ) -> None:
-    """Train a decoder, or fine-tune a model; its folder then holds model/, which --model of generate takes."""
+    """Train a decoder, or fine-tune a model; its folder then holds model/, which --model of generate takes.
+
+    Recipes: mini for a small set, motionmillion-44m to motionmillion-65b for a clip store (docs/training.md).
+    """
     _threads(threads)
+    if recipe is not None and recipe != "mini" and init is None:
+        _scale(
+            recipe,
+            data,
+            tokenizer or TOKENIZER,
+            out or Path("runs/decoder"),
+            resume,
+            seed,
+            steps,
+            {"pass_positions": positions, "checkpointing": checkpointing, "compile": compile},
+            sample_every,
+            (processes, tokens_per_second) if dry_run else None,
+        )
+        return
+    for asked, option in ((dry_run, "--dry-run"), (checkpointing, "--checkpointing"), (compile, "--compile")):
+        if asked:
+            raise UserError(f"{option} goes with a motionmillion recipe")
+    if sample_every:
+        raise UserError("--sample-every goes with a motionmillion recipe")
     if init is None:
         from kinetok.train.decoder import train
 
         if steps is not None:
             raise UserError("--steps goes with --init; a recipe has its own number of steps")
-        tokens = tokenizer or Path("runs/tokenizer/tokenizer.pt")
+        tokens = tokenizer or TOKENIZER
         folder = out or Path("runs/decoder")
         made = train(recipe=recipe or "mini", data=data, tokenizer=tokens, out=folder, resume=resume, seed=seed)
         print("wrote", made)
@@ -92,6 +131,55 @@ def decoder(
     print(f"the tokenizer, which stays as it is, reproduces these clips within {tuned.mpjpe_mm:.0f} mm a joint")
     if tuned.after >= tuned.before:
         print("the validation loss did not fall: what it learned does not carry over to the clips held out")
+
+
+def _scale(
+    recipe: str,
+    data: Path,
+    tokenizer: Path,
+    out: Path,
+    resume: bool,
+    seed: int | None,
+    steps: int | None,
+    engine: dict[str, Any],
+    sample_every: int,
+    dry_run: tuple[int, float | None] | None,
+) -> None:
+    from kinetok.train.scale_recipes import cost, cost_lines, scale_recipe
+
+    chosen = scale_recipe(recipe)
+    if dry_run is None:
+        from kinetok.train.scale import Engine, train
+
+        options = Engine(**engine)
+        made = train(
+            recipe=recipe,
+            data=data,
+            tokenizer=tokenizer,
+            out=out,
+            resume=resume,
+            seed=seed,
+            steps=steps,
+            engine=options,
+            sample_every=sample_every,
+        )
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("wrote", made)
+        return
+    from kinetok.train.data.sequences import mean_lengths
+    from kinetok.train.data.shards import is_store
+
+    means = mean_lengths(data, chosen.max_text, chosen.min_tokens, chosen.max_tokens) if is_store(data) else None
+    found = cost(
+        chosen,
+        processes=dry_run[0],
+        tokens_per_second=dry_run[1],
+        pass_positions=engine["pass_positions"],
+        checkpointing=engine["checkpointing"],
+        text=means[0] if means else None,
+        motion=means[1] + 1 if means else None,
+    )
+    print("\n".join(cost_lines(recipe, chosen, found, longest=means is None)))
 
 
 def evaluator(

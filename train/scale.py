@@ -1,0 +1,248 @@
+"""Training of the paper's decoders on a clip store: packed batches, in one process or in many."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kinetok.errors import UserError
+from kinetok.model.decoder import MotionDecoder
+from kinetok.model.pretrained import save_pretrained
+from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.train.data.sequences import Sequences
+from kinetok.train.decoder import load_tokenizer
+from kinetok.train.loop import OneProcess, fit
+from kinetok.train.packing import PackedDecoder, fill, pack
+from kinetok.train.scale_recipes import ScaleRecipe, scale_recipe
+
+HELD_OUT = 512  # clips that a validation takes at most
+VALIDATED = 16  # clips of one validation pass of a process
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """How a step is computed, which changes nothing but its speed: positions of one pass forward and backward (a step takes
+    as many as it needs), activation checkpointing, torch.compile of the blocks."""
+
+    pass_positions: int = 16_384
+    checkpointing: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pass_positions < 1:
+            raise UserError(f"expected positions of a pass above 0, got {self.pass_positions}")
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The clips of one step over all processes, int64 ``[B]`` each: clip, caption, first token and how many."""
+
+    clips: NDArray[np.int64]
+    captions: NDArray[np.int64]
+    first: NDArray[np.int64]
+    count: NDArray[np.int64]
+
+
+class PackedTask:
+    """Random captioned clips in, next-token cross-entropy out (section 4); every process takes its share of a step."""
+
+    def __init__(
+        self, recipe: ScaleRecipe, data: Sequences, processes: OneProcess, engine: Engine | None = None
+    ) -> None:
+        self.recipe, self.data, self.processes = recipe, data, processes
+        self.engine = engine or Engine()
+        fits = (data.lengths >= recipe.min_tokens) & (data.lengths <= recipe.max_tokens)
+        self.train, self.held_out = (np.flatnonzero(fits & (data.splits == name)) for name in ("train", "val"))
+        most = f"of {recipe.min_tokens} to {recipe.max_tokens} tokens"
+        if not len(self.train) or not len(self.held_out):
+            raise UserError(
+                f"{data.folder}: expected clips {most} in the splits train and val, "
+                f"got {len(self.train)} and {len(self.held_out)}"
+            )
+        if processes.world > min(len(self.train), recipe.batch):
+            raise UserError(
+                f"more processes than data: {processes.world} processes for {len(self.train)} clips {most} "
+                f"in batches of {recipe.batch}"
+            )
+        self.held_out = self.held_out[:HELD_OUT]
+        torch.manual_seed(recipe.loop.seed)
+        with torch.device("meta"):
+            self.packed = PackedDecoder(MotionDecoder(recipe.model), checkpointing=self.engine.checkpointing)
+        if self.engine.compile:
+            for block in self.packed.decoder.blocks:
+                block.compile(dynamic=True)
+        processes.place(self.packed, fill, bf16=recipe.bf16)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.packed
+
+    def draw(self, rng: np.random.Generator) -> Draw:
+        """The same in every process."""
+        recipe, data = self.recipe, self.data
+        clips = self.train[rng.integers(len(self.train), size=recipe.batch)]
+        captions = data.caption(clips, rng.random(recipe.batch))
+        shorter = (rng.random(recipe.batch) < recipe.shorten) & (data.lengths[clips] > 1)
+        head = rng.random(recipe.batch) < 0.5
+        return Draw(clips, captions, (shorter & head).astype(np.int64), data.lengths[clips] - shorter)
+
+    def _items(self, draw: Draw, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        items = []
+        for row in rows:
+            first = int(draw.first[row])
+            motion = self.data.tokens(int(draw.clips[row]))[first : first + int(draw.count[row])]
+            items.append((self.data.text(int(draw.captions[row]))[: self.recipe.max_text], motion))
+        return items
+
+    def _passes(self, draw: Draw) -> int:
+        """How many passes a step takes, the same in every process, as all gather weights together."""
+        text = np.minimum(self.data.text_lengths[draw.captions], self.recipe.max_text)
+        positions = text + draw.count + 1
+        world = self.processes.world
+        most = max(int(positions[rank::world].sum()) for rank in range(world))
+        return max(1, min(-(-most // self.engine.pass_positions), self.recipe.batch // world))
+
+    def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        return self.passes(self.draw(rng))
+
+    def passes(self, draw: Draw, told: Callable[[str], None] = lambda part: None) -> Mapping[str, Tensor]:
+        """The loss of a step; all passes but the last have gone backward. told hears when a part of the work is done."""
+        processes = self.processes
+        # A mean over all targets of the step, wherever they are; FSDP takes the mean over the processes.
+        share = processes.world / int((draw.count + 1).sum())
+        mine = np.array_split(np.arange(self.recipe.batch)[processes.rank :: processes.world], self._passes(draw))
+        done = torch.zeros((), device=processes.device)
+        for number, rows in enumerate(mine):
+            batch = pack(self._items(draw, rows.tolist()), self.recipe.model).to(processes.device)
+            told("data")
+            targets = int((draw.count[rows] + 1).sum())
+            with processes.computing(self.recipe.bf16):
+                loss = self.packed(batch) * (targets * share)
+            told("forward")
+            last = number == len(mine) - 1
+            with processes.gathering_gradients(self.packed, last):
+                if last:
+                    return {"loss": loss + done}
+                loss.backward()
+            told("backward")
+            done += loss.detach()
+        raise AssertionError("a step has at least one pass")
+
+    @torch.no_grad()
+    def validate(self, module: nn.Module) -> Mapping[str, float]:
+        """The loss over the targets of the held-out clips, each with its first caption."""
+        processes, data = self.processes, self.data
+        each = VALIDATED * processes.world
+        total = torch.zeros(2, dtype=torch.float64, device=processes.device)
+        for start in range(0, len(self.held_out), each):
+            clips = self.held_out[start : start + each][processes.rank :: processes.world]
+            # Every process takes part in every pass, with a clip that does not count where it has none.
+            counted = bool(len(clips))
+            clips = clips if counted else self.held_out[:1]
+            captions = data.caption(clips, np.zeros(len(clips)))
+            draw = Draw(clips, captions, np.zeros_like(clips), data.lengths[clips])
+            batch = pack(self._items(draw, range(len(clips))), self.recipe.model).to(processes.device)
+            targets = int((draw.count + 1).sum())
+            with processes.computing(self.recipe.bf16):
+                loss = module(batch).double()
+            if counted:
+                total += torch.stack((loss * targets, torch.full_like(loss, targets)))
+        total = processes.total(total)
+        return {"loss": float(total[0] / total[1])}
+
+
+def train(
+    *,
+    recipe: str | ScaleRecipe,
+    data: str | Path,
+    tokenizer: str | Path,
+    out: str | Path = "runs/decoder",
+    resume: bool = False,
+    seed: int | None = None,
+    steps: int | None = None,
+    engine: Engine | None = None,
+    sample_every: int = 0,
+) -> Path:
+    """Train a decoder on a clip store with its tokens and text features; returns ``out/model``, for ``kinetok.load``.
+
+    In all processes that torchrun started, or in this one. The model takes the tokenizer's codebook and the text
+    features' width, whatever the recipe's size says. ``seed`` and ``steps`` replace the recipe's. Every ``sample_every``
+    steps three held-out captions become pictures in ``out/samples``.
+    Raises ``UserError`` for a store without tokens or text features, or with those of another tokenizer.
+    """
+    from kinetok.train.distributed import ManyProcesses, launched
+
+    chosen = scale_recipe(recipe) if isinstance(recipe, str) else recipe
+    name = recipe if isinstance(recipe, str) else "own"
+    processes = ManyProcesses() if launched() else OneProcess()
+    if processes.rank:
+        logging.disable(logging.WARNING)  # the first process says it
+    with processes.running():
+        motion, mean, std = load_tokenizer(tokenizer)
+        sequences = Sequences(data, tokenizer=tokenizer)
+        model = replace(chosen.model, codebook=motion.config.codebook, text_dim=sequences.text_dim)
+        loop = replace(chosen.loop, steps=chosen.loop.steps if steps is None else steps)
+        loop = loop if seed is None else replace(loop, seed=seed)
+        chosen = replace(chosen, model=model, loop=loop)
+        task = PackedTask(chosen, sequences, processes, engine)
+        sample = None
+        if sample_every:
+            from kinetok.train.samples import Samples
+
+            captions = sequences.caption(task.held_out[:3], np.zeros(len(task.held_out[:3])))
+            texts = {sequences.caption_text(int(row)): sequences.text(int(row)) for row in captions}
+            sample = Samples(processes, motion, mean, std, texts, Path(out) / "samples")
+        identity = {**asdict(chosen), "data": _digest(sequences)}
+        best = fit(
+            task,
+            loop,
+            out,
+            resume=resume,
+            identity=identity,
+            processes=processes,
+            sample=sample,
+            sample_every=sample_every,
+        )
+        result = Path(out) / "model"
+        if processes.rank == 0:
+            state = torch.load(best, weights_only=True, mmap=True)
+            with torch.device("meta"):
+                decoder = MotionDecoder(model)
+            decoder.load_state_dict(
+                {key.removeprefix("decoder."): value for key, value in state["model"].items()}, assign=True
+            )
+            provenance: dict[str, Any] = {
+                "recipe": name,
+                "seed": loop.seed,
+                "step": state["step"],
+                "validation_loss": state["figures"]["loss"],
+                "data": Path(data).resolve().name,
+                "clips": len(task.train),
+            }
+            save_pretrained(
+                result,
+                tokenizer=motion,
+                decoder=decoder.eval().half(),
+                mean=mean.numpy(),
+                std=std.numpy(),
+                skeleton_offsets=CANONICAL_OFFSETS,
+                text_encoder=sequences.text_encoder,
+                sampling={"temperature": 1.0, "top_p": 0.9, "min_seconds": 2.0},
+                provenance=provenance,
+                licence="that of the data it was trained on",
+                bank=None,
+            )
+        return result
+
+
+def _digest(data: Sequences) -> str:
+    about = json.dumps([data.identity, data.text_encoder, len(data.lengths), int(data.lengths.sum())])
+    return hashlib.sha256(about.encode()).hexdigest()
