@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kinetok.errors import UserError
+from kinetok.model.config import DecoderConfig
 from kinetok.model.tensor_files import natural, parse_json, possible_shape
 
 MANIFEST = "kinetok_bundle.json"
@@ -70,6 +71,22 @@ class Bundle:
             raise UserError(f"{where}: expected it at a multiple of {ALIGNMENT} bytes within the file")
         count = prod(shape)
         return np.fromfile(path, dtype.newbyteorder("<"), count, offset=offset).reshape(shape)
+
+    def check_decoder(self, config: DecoderConfig) -> None:
+        """Raise ``UserError`` where the bundle was made from a decoder of other sizes."""
+        for name, wanted in (
+            ("layers", config.n_layer),
+            ("heads", config.n_head),
+            ("head_dim", config.head_dim),
+            ("logits", config.head_rows),
+            ("positions", config.block_size),
+            ("text_dim", config.text_dim),
+        ):
+            if (got := self.number("decoder", name)) != wanted:
+                raise UserError(
+                    f"{self.directory}: this bundle is of another model ({name} {got}, the model has {wanted}): export the "
+                    "model again, or name the model that it was made from"
+                )
 
     def _file(self, name: Any) -> str:
         if not isinstance(name, str) or name not in self.section("files"):

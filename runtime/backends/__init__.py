@@ -48,11 +48,28 @@ def _torch(model: ModelBundle, slots: int, capacity: int) -> Backend:
     return TorchBackend(model.decoder, slots, capacity)
 
 
-BACKENDS: dict[str, Callable[[ModelBundle, int, int], Any]] = {"torch": _torch}
+def _onnx(model: ModelBundle, slots: int, capacity: int, folder: str) -> Backend:
+    from kinetok.runtime.backends.onnx import OnnxBackend
+    from kinetok.runtime.bundle import read_bundle
+
+    if not folder:
+        raise UserError(
+            "backend onnx runs a bundle: make one with kinetok export onnx MODEL --out DIR, and name it as onnx:DIR"
+        )
+    bundle = read_bundle(folder)
+    bundle.check_decoder(model.decoder.config)
+    return OnnxBackend(bundle, slots, capacity, model.decoder.embed.weight.device)
+
+
+BACKENDS: dict[str, Callable[..., Any]] = {"torch": _torch, "onnx": _onnx}
 
 
 def open_backend(name: str, model: ModelBundle, slots: int, capacity: int) -> Backend:
-    """The backend of that name for ``model``. Raises ``UserError`` for an unknown name, or where it cannot run."""
-    if name not in BACKENDS:
-        raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    return BACKENDS[name](model, slots, capacity)
+    """The backend of that name for ``model``: "torch", or "onnx:DIR" with a bundle of the same model.
+
+    Raises ``UserError`` for an unknown name, or where it cannot run.
+    """
+    kind, _, folder = name.partition(":")
+    if kind not in BACKENDS or (folder and kind == "torch"):
+        raise UserError(f"backend: expected one of torch, onnx:DIR, got {name!r}")
+    return BACKENDS[kind](model, slots, capacity, *([folder] if kind != "torch" else []))

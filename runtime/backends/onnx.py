@@ -12,6 +12,7 @@ from kinetok.errors import UserError, missing_package
 from kinetok.runtime.bundle import Bundle
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+TRIAL_ROWS = 5
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -68,9 +69,9 @@ class _Call:
 class OnnxBackend:
     """``Backend`` on a bundle; one slab ``[layers, 2, slots, H, capacity, hd]`` that both graphs write into in place.
 
-    Neighbouring slots go through the graph together where that leaves a slot's bits alone: for fp32 and fp16 weights on a
-    CPU. The products of int8 and int4 weights take another route for one row than for several, so there each slot is a
-    call of its own.
+    Neighbouring slots go through the graph together where that leaves a slot's bits alone, which the kernels of a CPU
+    decide: a trial when the backend is made compares rows together with rows alone. Where they differ, each slot is a call
+    of its own (``batched`` is False).
     """
 
     def __init__(self, bundle: Bundle, slots: int, capacity: int, device: str | torch.device = "cpu") -> None:
@@ -86,16 +87,16 @@ class OnnxBackend:
         kv = bundle.manifest.get("kv_dtype")
         if kv not in _DTYPES:
             raise UserError(f"{bundle.directory}: expected kv_dtype to be one of {list(_DTYPES)}, got {kv!r}")
+        self._prefill = open_session(bundle, "prefill", self.device)
+        self._decode = open_session(bundle, "decode", self.device)
         shape = (self.layers, 2, slots, sizes["heads"], capacity, sizes["head_dim"])
         self.slab = torch.zeros(shape, dtype=_DTYPES[kv], device=self.device)
         self.lengths = [0] * slots
-        self._prefill = open_session(bundle, "prefill", self.device)
-        self._decode = open_session(bundle, "decode", self.device)
         self._tokens = torch.zeros(slots, 1, dtype=torch.int64, device=self.device)
         self._positions = torch.zeros(slots, 1, dtype=torch.int64, device=self.device)
         self._logits = torch.zeros(slots, self.classes, device=self.device)
         self._calls: dict[tuple[int, int], _Call] = {}
-        self.batched = bundle.manifest.get("precision") in ("fp32", "fp16")
+        self.batched = self._rows_agree()
 
     def prefill(self, slot: int, text: Tensor, tokens: Sequence[int] = ()) -> Tensor:
         length = len(text) + len(tokens)
@@ -140,6 +141,21 @@ class OnnxBackend:
         length = self.lengths[source]
         self.slab[:, :, target, :, :length] = self.slab[:, :, source, :, :length]
         self.lengths[target] = length
+
+    def _rows_agree(self) -> bool:
+        tokens = torch.arange(min(self.slots, TRIAL_ROWS), dtype=torch.int64)
+        rows = range(len(tokens))
+        results = []
+        for group in (1, 2, len(tokens)):
+            self.lengths = [0] * self.slots
+            for _ in range(min(2, self.capacity)):  # the second token sees the first one's keys
+                for first in range(0, len(tokens), group):
+                    some = tokens[first : first + group].tolist()
+                    self._step(first, first + len(some), some)
+            results.append(self._logits[list(rows)])
+        self.lengths = [0] * self.slots
+        self.slab.zero_()
+        return all(torch.equal(results[0], other) for other in results[1:])
 
     def _cache(self, start: int, stop: int) -> dict[str, Tensor]:
         """The cache of neighbouring slots as inputs and, in the same memory, outputs."""

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kinetok.cli.common import example
+from kinetok.cli.common import SMALL, example
+from kinetok.errors import UserError
 
 MODEL = Annotated[
     str | None, typer.Argument(help="Model directory or hub id; 'default' or nothing: the default model.")
@@ -40,6 +41,7 @@ def onnx(
 
     began = time.perf_counter()
     bundle = load_pretrained(None if model == "default" else model, "cpu", "float32")
+    _few_threads(sum(value.numel() for value in bundle.decoder.parameters()))
     export_bundle(bundle, out, dtype=dtype, kv=kv, opset=opset, text=text)
     for path in sorted(out.iterdir()):
         print(f"wrote {path}  {path.stat().st_size / 1e6:.2f} MB")
@@ -53,6 +55,34 @@ def verify(
     """Replay a bundle's golden fixtures here; exit code 1 and the first divergence where one disagrees."""
     from kinetok.export.replay import replay
 
+    weights = bundle / "weights.bin"
+    _few_threads(weights.stat().st_size // 4 if weights.is_file() else 0)
     report = replay(bundle, device)
     print(report)
     sys.exit(0 if report.passed else 1)
+
+
+def exported(model: Path, dtype: str) -> str:
+    """The backend's name for a bundle of ``model`` that is made now and removed when the program ends."""
+    import atexit
+    import shutil
+    import tempfile
+
+    from kinetok.export.bundle import export_bundle
+    from kinetok.model.pretrained import load_pretrained
+
+    if dtype not in ("auto", "float32", "float16"):
+        raise UserError(f"--dtype: backend onnx has float32 and float16, got {dtype!r}")
+    folder = Path(tempfile.mkdtemp(prefix="kinetok-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    bundle = load_pretrained(model, "cpu", "float32")
+    _few_threads(sum(value.numel() for value in bundle.decoder.parameters()))
+    precision = "fp16" if dtype == "float16" else "fp32"
+    return f"onnx:{export_bundle(bundle, folder / 'bundle', dtype=precision, text=False, check=False)}"
+
+
+def _few_threads(parameters: int) -> None:
+    import torch
+
+    if parameters < SMALL:
+        torch.set_num_threads(1)

@@ -10,6 +10,7 @@ import typer
 
 from kinetok.cli.clip_folder import FORMATS, ClipFolder, Job, manifest_digest, parse_formats
 from kinetok.cli.common import bar, example, few_threads_for_small_models, output_folder, print_json
+from kinetok.cli.export import exported
 from kinetok.errors import UserError
 
 DEFAULT_FORMATS = ["bvh,glb,npz,png"]
@@ -41,6 +42,9 @@ def generate(
     model: Annotated[str | None, typer.Option(help="Model directory or hub id; the default model without.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="torch, onnx, or onnx:DIR with a bundle of this model (kinetok export onnx).")
+    ] = "torch",
     clean: Annotated[
         bool, typer.Option("--clean-feet", help="Hold planted feet still; what that changed is printed and kept.")
     ] = False,
@@ -72,6 +76,8 @@ def generate(
     settings = {"model": model or "default", "manifest": manifest_digest(model_folder / MANIFEST), **asdict(params)}
     if clean:
         settings["clean_feet"] = True
+    if backend != "torch":
+        settings["backend"] = backend
     folder = ClipFolder(output_folder(out) / INDEX, settings, suffixes)
     jobs = [Job(number, text) for number, text in enumerate(texts)]
     todo = [job for job in jobs if not folder.done(job)]
@@ -80,7 +86,9 @@ def generate(
     made = 0.0
     if todo:
         mark = time.perf_counter()
-        engine = load(model_folder, device, dtype)
+        engine = load(
+            model_folder, device, dtype, backend=backend if backend != "onnx" else exported(model_folder, dtype)
+        )
         few_threads_for_small_models(engine)
         stages["load"] = time.perf_counter() - mark
         with bar("generating", shown=not as_json) as update:
