@@ -1,4 +1,4 @@
-"""Wavelet transforms in fp32, channels-last as the model has them: ``python benchmarks/kernels/bench_wavelet.py --json FILE``.
+"""Wavelet transforms in fp32, mostly channels-last as the model has them: ``bench_wavelet.py --json FILE``.
 
 The other routes get their input in the layout they are best at, ``[clips, channels, frames]``, made outside the clock:
 PyWavelets (on a CPU, where it is installed), and the grouped convolution that the released code makes of a level.
@@ -15,14 +15,15 @@ from torch.nn import functional as F
 
 from kinetok.kernels.wavelet import dwt, idwt, reference
 
-Size = tuple[int, int, int, str, int]  # clips, frames, channels, wavelet, levels
+Size = tuple[int, int, int, str, int, bool]  # clips, frames, channels, wavelet, levels, channels last
 SIZES: dict[str, Size] = {
-    "256 clips of 96, haar": (256, 96, 272, "haar", 1),
-    "256 clips of 96, haar, 2 levels": (256, 96, 272, "haar", 2),
-    "256 clips of 96, db2": (256, 96, 272, "db2", 1),
-    "1024 clips of 300, haar": (1024, 300, 272, "haar", 1),
-    "1024 clips of 300, haar, 2 levels": (1024, 300, 272, "haar", 2),
-    "1024 clips of 300, db4": (1024, 300, 272, "db4", 1),
+    "256 clips of 96, haar": (256, 96, 272, "haar", 1, True),
+    "256 clips of 96, haar, channels first": (256, 96, 272, "haar", 1, False),
+    "256 clips of 96, haar, 2 levels": (256, 96, 272, "haar", 2, True),
+    "256 clips of 96, db2": (256, 96, 272, "db2", 1, True),
+    "1024 clips of 300, haar": (1024, 300, 272, "haar", 1, True),
+    "1024 clips of 300, haar, 2 levels": (1024, 300, 272, "haar", 2, True),
+    "1024 clips of 300, db4": (1024, 300, 272, "db4", 1, True),
 }
 SMALL = [name for name, size in SIZES.items() if size[0] < 1024]
 
@@ -80,14 +81,14 @@ def with_pywavelets(x: Tensor, wavelet: str, levels: int, inverse: bool) -> dict
 
 
 def build(size: Size, device: torch.device) -> Case:
-    clips, frames, channels, wavelet, levels = size
+    clips, frames, channels, wavelet, levels, last = size
     mode, gain = "reflect" if wavelet == "haar" else "periodic", 0.5
     x = torch.randn(clips, frames, channels, device=device)
     first = x.transpose(1, 2).contiguous()
     return Case(
-        args=(x,),
-        ours=lambda x: dwt(x, levels, wavelet, mode, channels_last=True),
-        eager=lambda x: reference.dwt(x, levels, wavelet, mode, gain, "packet", True),
+        args=(x if last else first,),
+        ours=lambda x: dwt(x, levels, wavelet, mode, channels_last=last),
+        eager=lambda x: reference.dwt(x, levels, wavelet, mode, gain, "packet", last),
         library={
             **with_pywavelets(first, wavelet, levels, False),
             "grouped convolution": lambda x: grouped(first, wavelet, levels),
@@ -98,16 +99,16 @@ def build(size: Size, device: torch.device) -> Case:
 
 
 def build_back(size: Size, device: torch.device) -> Case:
-    clips, frames, channels, wavelet, levels = size
+    clips, frames, channels, wavelet, levels, last = size
     y = torch.randn(clips, frames >> levels, channels << levels, device=device)
     first = y.transpose(1, 2).contiguous()
     library = with_pywavelets(first, wavelet, levels, True)
     if wavelet == "haar":
         library["grouped convolution"] = lambda y: grouped_back(first, wavelet, levels)
     return Case(
-        args=(y,),
-        ours=lambda y: idwt(y, levels, wavelet, channels_last=True),
-        eager=lambda y: reference.idwt(y, levels, wavelet, 2.0, "packet", True),
+        args=(y if last else first,),
+        ours=lambda y: idwt(y, levels, wavelet, channels_last=last),
+        eager=lambda y: reference.idwt(y, levels, wavelet, 2.0, "packet", last),
         library=library,
         moved=2 * y.nbytes,
         tolerance=1e-6,

@@ -30,9 +30,11 @@ GOALS: tuple[tuple[Bench, str, str, float | None], ...] = (
     (ENCODE, FRAMES, "one-hot", 10.0),
     (MEASURED, FRAMES, "eager", None),
     (DWT, CLIPS, "PyWavelets", 3.0),
+    (DWT, f"{CLIPS}, channels first", "PyWavelets", None),
     (DWT, f"{CLIPS}, 2 levels", "PyWavelets", None),
     (DWT, "256 clips of 96, db2", "PyWavelets", None),
     (IDWT, CLIPS, "PyWavelets", None),
+    (IDWT, f"{CLIPS}, channels first", "PyWavelets", None),
 )
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 

@@ -1,4 +1,4 @@
-"""Haar's packets on a CPU: all levels are one small matrix for each block of 2^levels frames, and one pass over memory.
+"""Haar's packets on a CPU: all levels are one small matrix for each block of 2^levels frames, in one pass over memory.
 
 The definition's sums and differences each write a tensor of their own; measured, the product is three to four times faster.
 """
@@ -23,28 +23,38 @@ def _matrix(levels: int, gain: float, inverse: bool, dtype: torch.dtype) -> Tens
     return answers.flatten(1).T.contiguous().to(dtype)
 
 
-def _product(x: Tensor, levels: int, gain: float, inverse: bool) -> Tensor:
-    """``x [B, n, 2^levels, C]`` times the matrix, in x's dtype."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (_matrix(levels, gain, inverse, wide.dtype) @ wide.flatten(0, 1)).unflatten(0, x.shape[:2]).to(x.dtype)
+def _packet(x: Tensor, levels: int, gain: float, inverse: bool, channels_last: bool) -> Tensor:
+    """The transform of whole blocks, in x's dtype: one product a block (channels-last) or a clip."""
+    matrix = _matrix(levels, gain, inverse, torch.promote_types(x.dtype, torch.float32))
+    wide, size = x.to(matrix.dtype), 2**levels
+    if channels_last:  # a block is 2^levels rows of C numbers, frames or coefficients
+        batch, time, channels = wide.shape
+        if inverse:
+            time, channels = time * size, channels // size
+        y = matrix @ wide.reshape(-1, size, channels)
+        y = y.view(batch, time, channels) if inverse else y.view(batch, time // size, channels * size)
+    elif inverse:  # coefficients are 2^levels rows of all channels and blocks, frames are their transpose
+        y = (matrix @ wide.reshape(len(wide), size, -1)).transpose(1, 2)
+        y = y.reshape(len(wide), wide.shape[1] // size, -1)
+    else:
+        y = matrix @ wide.reshape(len(wide), -1, size).transpose(1, 2)
+        y = y.view(len(wide), wide.shape[1] * size, -1)
+    return y.to(x.dtype)
 
 
 def dwt(x: Tensor, levels: int, wavelet: str, mode: str, gain: float, tree: str, channels_last: bool) -> Tensor:
     """As ``reference.dwt``."""
     if wavelet != "haar" or tree != "packet" or not x.numel():
         return reference.dwt(x, levels, wavelet, mode, gain, tree, channels_last)
-    x = x if channels_last else x.transpose(1, 2)
-    tail = reference.extension(x.shape[1], levels, mode)
+    axis = 1 if channels_last else 2
+    tail = reference.extension(x.shape[axis], levels, mode)
     if tail:
-        x = torch.cat((x, x[:, tail]), dim=1)
-    y = _product(x.unflatten(1, (-1, 2**levels)), levels, gain, False).flatten(2)
-    return y if channels_last else y.transpose(1, 2).contiguous()
+        x = torch.cat((x, x[:, tail] if channels_last else x[..., tail]), dim=axis)
+    return _packet(x, levels, gain, False, channels_last)
 
 
 def idwt(y: Tensor, levels: int, wavelet: str, gain: float, tree: str, channels_last: bool) -> Tensor:
     """As ``reference.idwt``."""
     if wavelet != "haar" or tree != "packet" or not y.numel():
         return reference.idwt(y, levels, wavelet, gain, tree, channels_last)
-    y = y if channels_last else y.transpose(1, 2)
-    x = _product(y.unflatten(2, (2**levels, -1)), levels, gain, True).flatten(1, 2)
-    return x if channels_last else x.transpose(1, 2).contiguous()
+    return _packet(y, levels, gain, True, channels_last)
