@@ -277,6 +277,25 @@ def read_text_encoder(path_or_id: str | Path | None = None) -> dict[str, Any]:
     return _section(_read_manifest(folder), "text_encoder", folder)
 
 
+def weight_bytes(
+    path_or_id: str | Path | None = None, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> int:
+    """Bytes of the weights that ``load_pretrained`` with the same arguments makes, without making them."""
+    folder = find_model(path_or_id)
+    manifest, place = _read_manifest(folder), choose_device(device)
+    total = 0
+    for name, config in (("tokenizer", TokenizerConfig), ("decoder", DecoderConfig)):
+        sizes = config.from_dict(_section(manifest, name, folder))
+        stored = {value.dtype: 0 for value in _read_shards(folder, manifest, name).values()}
+        kind = _decoder_dtype(dtype, place, widest(stored))
+        if name == "tokenizer" and dtype != "stored":
+            kind = torch.float32
+        with torch.device("meta"):
+            module = MotionTokenizer(sizes) if isinstance(sizes, TokenizerConfig) else MotionDecoder(sizes)
+        total += kind.itemsize * sum(value.numel() for value in own_tensors(module).values())
+    return total
+
+
 def load_pretrained(
     path_or_id: str | Path | None = None, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> ModelBundle:
@@ -327,7 +346,7 @@ def _section(manifest: Mapping[str, Any], name: str, folder: Path) -> dict[str, 
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """"auto" is CUDA where there is one. ``UserError`` for a device that torch does not see."""
+    """ "auto" is CUDA where there is one. ``UserError`` for a device that torch does not see."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return torch.device("cuda" if count else "cpu")

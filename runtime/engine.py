@@ -15,12 +15,13 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.model.bank import BankedEncoder, PromptBank
-from kinetok.model.pretrained import ModelBundle, load_pretrained
+from kinetok.model.pretrained import ModelBundle, choose_device, load_pretrained, weight_bytes
 from kinetok.model.text import check_prompt
 from kinetok.motion import Motion
 from kinetok.runtime.backends import open_backend
 from kinetok.runtime.crowd import Crowd, Update
 from kinetok.runtime.generate import sample_tokens
+from kinetok.runtime.memory import within_memory
 from kinetok.runtime.sampling import CARRIED_SECONDS, KEPT_SECONDS, TRAINED_SECONDS, SamplingParams, token_budget
 from kinetok.runtime.scheduler import Job, Scheduler
 from kinetok.runtime.stream import Stream
@@ -30,9 +31,13 @@ def load(path_or_id: str | Path | None = None, device: str = "auto", dtype: str 
     """Load a model: a directory, a hub id ``owner/name``, or None for the default model in the package.
 
     device "auto" is CUDA where there is one; dtype "auto" is the stored one on CUDA and float32 on a CPU. limits:
-    ``Engine``'s characters, positions, queue and backend. Raises ``UserError`` for what is not an intact model.
+    ``Engine``'s characters, positions, queue and backend. Raises ``UserError`` for what is not an intact model, and,
+    saying what would fit, where the memory is not there.
     """
-    return Engine(load_pretrained(path_or_id, device, dtype), **limits)
+    need = weight_bytes(path_or_id, device, dtype)
+    with within_memory(f"the model {path_or_id or 'default'}", need, choose_device(device)):
+        model = load_pretrained(path_or_id, device, dtype)
+    return Engine(model, **limits)
 
 
 class Engine:

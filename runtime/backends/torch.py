@@ -10,6 +10,7 @@ from kinetok.errors import UserError
 from kinetok.kernels.attention import attention, prefix_mask
 from kinetok.kernels.rotary import apply_rotary
 from kinetok.model.decoder import MotionDecoder
+from kinetok.runtime.memory import cache_bytes, within_memory
 
 
 class TorchBackend:
@@ -29,7 +30,9 @@ class TorchBackend:
         if self.device.type == "cpu":
             decoder.lay_out_for_single_rows()
         shape = (2, config.n_layer, slots, config.n_head, capacity, config.head_dim)
-        self.slab = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+        need = cache_bytes(config, slots, capacity, weight.dtype.itemsize)
+        with within_memory(f"a cache of {slots} rows of {capacity} positions", need, weight.device, rows=slots):
+            self.slab = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
         self.lengths = [0] * slots
 
     @torch.inference_mode()

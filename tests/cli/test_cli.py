@@ -81,13 +81,24 @@ def test_convert_between_all(kinetok, tmp_path):
     assert "Frames: 20" in tall.read_text(encoding="utf-8")
 
 
-def test_doctor(kinetok):
+def test_doctor(kinetok, monkeypatch):
+    from kinetok.runtime import memory
+    from kinetok.runtime.bench import clock
+
+    for name in ("copy_bandwidth", "read_bandwidth", "matmul_rate"):
+        monkeypatch.setattr(clock, name, lambda *_: 2e10)
+    monkeypatch.setattr(memory, "bytes_available", lambda device: 6 * 10**9)
     result = kinetok("doctor", "--json")
     report = json.loads(result.out)
     assert result.code == 0 and report["packages"]["torch"]["version"] and report["threads"] >= 1
-    assert {"device", "attention", "default_model"} <= set(report)
-    text = kinetok("doctor").out
-    assert all(name in text for name in ("torch", "pybvh", "viser", "device", "default model"))
+    assert {"device", "driver", "default_model", "machine"} <= set(report)
+    assert report["attention"]["sdpa"] is None and report["backends"]["torch"] is None
+    assert {"norm", "linear", "attention"} <= set(report["kernels"])
+    assert [line.split(" with")[0] for line in report["plan"]] == ["7B in int4", "3B in int8", "default in fp32"]
+    assert report["measured"]["copy_gb_per_s"] == 20 and len(report["memory"]["needed"]) == 9
+    text = kinetok("doctor", "--characters", "64").out
+    assert all(name in text for name in ("torch", "pybvh", "viser", "device", "default model", "copy_gb_per_s 20.0"))
+    assert "plan: 3B in int4 with 64" not in text and "plan: default in fp32 with 64 characters" in text
 
 
 def test_verify_exits_with_one_when_arrays_differ(kinetok, model, tmp_path):
