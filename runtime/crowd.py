@@ -166,30 +166,33 @@ class Crowd:
         return next(place for place in range(self.detokenizer.slots) if place not in taken)
 
     def _detokenize(self) -> None:
-        """Turn every token that is not yet detokenized into frames."""
-        groups: dict[int, list[tuple[_Figure, list[int]]]] = {}
-        for figure in self._figures.values():
-            if figure.closed or _lost(figure):
-                continue
-            tokens = figure.character.tokens
-            if figure.place is None and tokens:
-                place = self._free_place()
-                self.detokenizer.reset(place)
-                figure.place = place
-            if figure.place is not None and (new := tokens[self.detokenizer.pushed(figure.place) :]):
-                groups.setdefault(len(new), []).append((figure, new))
-        for members in groups.values():
-            figures = [figure for figure, _ in members]
-            block = torch.tensor([new for _, new in members])
-            self._keep(figures, self.detokenizer.push([f.place for f in figures if f.place is not None], block))
+        """Turn every token that is not yet detokenized into frames, one token a character at a time: the same pushes, and
+        so the same bits, whatever was cut off before."""
+        while behind := [figure for figure in self._figures.values() if self._behind(figure)]:
+            block = torch.tensor([[f.character.tokens[self.detokenizer.pushed(self._placed(f))]] for f in behind])
+            self._keep(behind, self.detokenizer.push([self._placed(f) for f in behind], block))
         ending = [f for f in self._figures.values() if f.character.state == "done" and not f.closed]
         if ending:
-            self._keep(ending, self.detokenizer.finish([f.place for f in ending if f.place is not None]))
+            self._keep(ending, self.detokenizer.finish([self._placed(f) for f in ending]))
             for figure in ending:
                 figure.closed = True
         for figure in self._figures.values():
             if figure.waiting_frames > self._limit:
                 figure.character.paused = True
+
+    def _behind(self, figure: _Figure) -> bool:
+        written = len(figure.character.tokens)
+        if figure.closed or _lost(figure) or not written:
+            return False
+        return self.detokenizer.pushed(self._placed(figure)) < written
+
+    def _placed(self, figure: _Figure) -> int:
+        """A figure's place in the detokenizer, taken when its first token comes."""
+        if figure.place is None:
+            place = self._free_place()
+            self.detokenizer.reset(place)
+            figure.place = place
+        return figure.place
 
     def _keep(self, figures: Sequence[_Figure], frames: Sequence[Tensor]) -> None:
         for figure, rows in zip(figures, frames, strict=True):
@@ -204,7 +207,7 @@ class Crowd:
     def _block(self, figure: _Figure) -> Motion:
         features = np.concatenate(figure.unread)
         rotations, root, last = _stand(features, figure.last)
-        motion = Motion(rotations=rotations, root=root, offsets=self.model.offsets, text=figure.text)
+        motion = Motion(rotations=rotations.numpy(), root=root.numpy(), offsets=self.model.offsets, text=figure.text)
         motion.features = features
         figure.unread, figure.last = [], last
         return motion

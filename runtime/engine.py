@@ -187,7 +187,7 @@ class Engine:
     def redirect(self, handle: int, prompt: str) -> None:
         """Give a character another prompt from its next token on; its pose goes on, its length counts anew from here.
 
-        The new text and the last second of motion are prefilled, so the old text leaves nothing in the cache.
+        The new text and the last ``CARRIED_SECONDS`` of motion are prefilled, so the old text leaves nothing in the cache.
         """
         crowd, text = self._start(), check_prompt(prompt)
         job = crowd.job(handle)

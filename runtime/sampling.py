@@ -10,7 +10,9 @@ from kinetok.errors import UserError
 TRAINED_SECONDS = 10.0
 LONGEST_SECONDS = 600.0
 KEPT_SECONDS = 5.0  # of motion that a clip longer than trained prefills anew when its window is full
-CARRIED_SECONDS = 1.0  # of motion that a new prompt takes over
+CARRIED_SECONDS = (
+    2 / 15
+)  # of motion that a new prompt takes over; with more, the old motion goes on (docs/streaming.md)
 FALLBACK: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
 
 

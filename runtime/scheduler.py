@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -127,6 +127,8 @@ class Scheduler:
         Raises ``UserError`` where the first one is not running or no slots are free.
         """
         self.admit()
+        if character.state == "running" and not character.tokens:
+            self._advance([character])
         if character.state != "running":
             raise UserError(f"expected a running character to fork, but this one is {character.state}")
         slots = self.free[: len(character.slots)]
@@ -134,7 +136,7 @@ class Scheduler:
             raise UserError(f"no free slots for a fork: {len(self.running)} characters run")
         for source, target in zip(character.slots, slots, strict=True):
             self.backend.copy(source, target)
-        twin = Character(job, "running", slots, list(character.tokens), character.cached, character.logits)
+        twin = replace(character, job=job, slots=slots, tokens=list(character.tokens), paused=False, noise=None)
         self.characters.append(twin)
         return twin
 

@@ -1,0 +1,167 @@
+"""The crowd through the engine: frames in any company, twins, readers who stop, errors in the middle, random stories."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from kinetok.errors import UserError
+
+
+def read(engine, handle: int) -> tuple[np.ndarray, str]:
+    """All frames of a character, stepping until it is over."""
+    parts = []
+    while True:
+        update = engine.poll(handle)
+        if update.motion is not None:
+            parts.append(update.motion.features)
+        if update.over:
+            return np.concatenate(parts) if parts else np.zeros((0, 272)), update.state
+        engine.step()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_crowds_clips_are_generates_clips(soak, causal: bool) -> None:
+    engine = soak.small_engine(causal=causal, characters=2)
+    wishes = [("walk", {"seconds": 1.0}), ("sit", {"guidance": 2.0}), ("run fast", {"seconds": 0.1, "seed": 7})]
+    handles = [engine.submit(text, request=i, **wish) for i, (text, wish) in enumerate(wishes)]
+    for i, (text, wish) in enumerate(wishes):
+        clip = engine.generate(["wave"] * i + [text], **wish)[i]
+        frames, state = read(engine, handles[i])
+        assert state == "done" and len(frames) == len(clip)
+        np.testing.assert_allclose(frames, clip.features, atol=2e-6)
+
+
+def test_blocks_go_on_in_one_world(soak) -> None:
+    engine = soak.small_engine()
+    clip = engine.generate("walk", seconds=3)[0]
+    handle, roots, rotations = engine.submit("walk", seconds=3), [], []
+    for number in range(50):
+        engine.step()
+        if number % 7 == 0 or number > 44:
+            update = engine.poll(handle)
+            if update.motion is not None:
+                assert update.motion.text == "walk"
+                roots.append(update.motion.root)
+                rotations.append(update.motion.rotations)
+            if update.over:
+                break
+    np.testing.assert_allclose(np.concatenate(roots), clip.root, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(rotations), clip.rotations, atol=1e-4)
+
+
+def test_twins_share_their_past_and_then_differ(soak) -> None:
+    engine = soak.small_engine()
+    first = engine.submit("walk", seconds=2)
+    for _ in range(10):
+        engine.step()
+    same, other = engine.fork(first), engine.fork(first, request=4)
+    (one, _), (two, _), (three, _) = (read(engine, handle) for handle in (first, same, other))
+    assert np.array_equal(one[-len(two) :], two) and len(two) == 40 and not np.array_equal(two, three)
+
+
+def test_a_reader_who_stops_stands_still_and_holds_nobody_up(soak) -> None:
+    engine = soak.small_engine()
+    unread = engine.submit("walk", seconds=float("inf"))
+    for _ in range(310):
+        engine.step()
+    assert engine.step() == 0 and engine._start().waiting(unread) == "paused"
+    frames, state = read(engine, engine.submit("sit", seconds=1))
+    assert state == "done" and len(frames) == 30
+    update = engine.poll(unread)
+    assert 600 <= len(update.motion) <= 602 and update.state == "running" and engine.step() == 1
+
+
+def test_clips_that_nobody_reads_fill_the_place_of_new_ones(soak) -> None:
+    engine = soak.small_engine(characters=4, queue=3)
+    handles = [engine.submit("walk", seconds=0.1) for _ in range(3)]
+    while engine.step():
+        pass
+    with pytest.raises(UserError, match="3 characters are over and unread"):
+        engine.submit("walk")
+    engine.cancel(handles[0])
+    assert read(engine, engine.submit("walk", seconds=0.1))[1] == "done"
+
+
+def test_those_who_are_gone_are_named(soak) -> None:
+    engine = soak.small_engine()
+    done, gone = engine.submit("walk", seconds=0.1), engine.submit("walk")
+    read(engine, done)
+    engine.cancel(gone)
+    for call in (engine.poll, engine.cancel, engine.fork, lambda handle: engine.redirect(handle, "sit")):
+        for handle in (done, gone, 99):
+            with pytest.raises(UserError, match="no character"):
+                call(handle)
+
+
+def test_bad_wishes(soak) -> None:
+    engine = soak.small_engine(positions=40)
+    for wish, says in (
+        ({"deadline": -1.0}, "deadline"),
+        ({"deadline": float("nan")}, "deadline"),
+        ({"seconds": 9.0}, "room"),
+        ({"speed": 1}, "speed"),
+    ):
+        with pytest.raises(UserError, match=says):
+            engine.submit("walk", **wish)
+    with pytest.raises(UserError, match="fills the whole model"):
+        engine.submit("word " * 50)
+    with pytest.raises(UserError, match="use stream"):
+        engine.generate("walk", seconds=float("inf"))
+    for limits in ({"characters": 0}, {"queue": 0}, {"positions": 181}, {"backend": "abacus"}):
+        with pytest.raises(UserError):
+            soak.small_engine(**limits).submit("walk")
+
+
+def test_frames_that_are_no_numbers_end_their_character_alone(soak) -> None:
+    engine = soak.small_engine()
+    handles = [engine.submit("walk", seconds=1, request=i) for i in range(2)]
+    engine.step()
+    engine._start().detokenizer.lines[0].kept[1] = torch.nan
+    (good, state), (_, other) = (read(engine, handle) for handle in handles)
+    assert (state, other) == ("done", "failed")
+    np.testing.assert_allclose(good, engine.generate("walk", seconds=1)[0].features, atol=2e-6)
+
+
+class Stories(RuleBasedStateMachine):
+    """The soak command's rules, by hypothesis's choice."""
+
+    soak = None
+
+    @initialize(seed=st.integers(0, 9), characters=st.integers(1, 3), causal=st.booleans())
+    def start(self, seed: int, characters: int, causal: bool) -> None:
+        self.chaos = self.soak.Chaos(seed, characters=characters, causal=causal)
+
+    @rule(name=st.sampled_from(["submit", "submit", "poll", "cancel", "fork", "redirect", "fault"]))
+    def event(self, name: str) -> None:
+        getattr(self.chaos, name)()
+
+    @rule(count=st.integers(1, 8))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.chaos.step()
+
+    @invariant()
+    def whole(self) -> None:
+        if hasattr(self, "chaos"):
+            self.chaos.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "chaos"):
+            self.chaos.finish()
+
+
+def test_random_stories(soak) -> None:
+    Stories.soak = soak
+    case = Stories.TestCase()
+    case.settings = settings(
+        max_examples=6,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        phases=[Phase.generate],
+    )
+    case.runTest()

@@ -1,0 +1,233 @@
+"""Tokens of many characters: against an uncached oracle, windows and new texts included; the queue; what goes wrong."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kinetok.errors import UserError
+from kinetok.kernels.sampling import guide, sample
+from kinetok.model.config import DecoderConfig
+from kinetok.model.decoder import MotionDecoder
+from kinetok.runtime import SamplingParams
+from kinetok.runtime.backends.torch import TorchBackend
+from kinetok.runtime.scheduler import Job, Scheduler
+
+PLAIN = SamplingParams(temperature=1.0, top_k=0, top_p=0.9, guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> MotionDecoder:
+    torch.manual_seed(3)
+    return MotionDecoder(DecoderConfig(n_layer=2, n_head=2, n_embd=32, codebook=60, text_dim=8, block_size=64)).eval()
+
+
+def features(seed: int, length: int = 4) -> torch.Tensor:
+    return torch.randn(length, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def job(seed: int = 0, **changes) -> Job:
+    values = {"text": features(seed), "empty": None, "params": replace(PLAIN, seed=seed), "least": 20, "most": 20}
+    return Job(**{**values, "window": 30, "keep": 5, **changes})
+
+
+def scheduler(decoder: MotionDecoder, slots: int = 4, **changes) -> Scheduler:
+    return Scheduler(TorchBackend(decoder, slots, 64), decoder.config, changes.get("queue", 9))
+
+
+@torch.inference_mode()
+def oracle(decoder: MotionDecoder, texts: list[list[torch.Tensor]], job: Job, contexts: list[int]) -> list[int]:
+    """Tokens by the training layout: for token i, the texts ``texts[i]`` and the last ``contexts[i]`` tokens."""
+    tokens: list[int] = []
+    for rows, context in zip(texts, contexts, strict=True):
+        logits = [whole(decoder, text, tokens[len(tokens) - context :]) for text in rows]
+        scores = guide(*logits, job.params.guidance) if len(rows) == 2 else logits[0]
+        scores[:, decoder.config.end_id] = -torch.inf
+        name = (torch.tensor([v]) for v in (job.params.seed, len(tokens), job.request))
+        chosen = dict(zip(("seed", "position", "request"), name, strict=True))
+        tokens.append(int(sample(scores, **chosen, temperature=1.0, top_p=0.9)))
+    return tokens
+
+
+@torch.inference_mode()
+def whole(decoder: MotionDecoder, text: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """Logits ``[1, V]`` after the last token by the training layout, without the end token."""
+    ids = [decoder.config.pad_id] * len(text) + tokens
+    logits = decoder(torch.tensor([ids]), text[None], torch.ones(1, len(text)))[0, -1:]
+    logits[:, decoder.config.end_id] = -torch.inf
+    return logits
+
+
+def run(crowd: Scheduler, *characters) -> None:
+    while not all(character.over for character in characters):
+        crowd.step()
+
+
+def test_a_full_window_goes_on_from_its_last_tokens(decoder) -> None:
+    long = job(2, least=40, most=40, window=12, keep=5, params=replace(PLAIN, guidance=2.0), empty=features(9, 2))
+    crowd = scheduler(decoder)
+    character = crowd.submit(long)
+    run(crowd, character)
+    contexts = [*range(13), *(5 + i % 8 for i in range(27))]  # 12 tokens, then 5 of them and up to 7 more
+    assert character.tokens == oracle(decoder, [long.texts] * 40, long, contexts)
+
+
+def test_a_new_text_sees_nothing_of_the_old_one(decoder) -> None:
+    crowd = scheduler(decoder, slots=1)
+    character = crowd.submit(job(1))
+    for _ in range(9):
+        crowd.step()
+    crowd.backend.slab[:] = torch.where(torch.rand_like(crowd.backend.slab) < 0.5, torch.nan, 9.0)
+    other = replace(character.job, text=features(8, 7))
+    crowd.redirect(character, other, carry=3)
+    run(crowd, character)
+    assert character.tokens[:9] == oracle(decoder, [[features(1)]] * 9, character.job, list(range(9)))
+    contexts = [*range(9), *(3 + i for i in range(11))]
+    expected = oracle(decoder, [[features(1)]] * 9 + [[features(8, 7)]] * 11, character.job, contexts)
+    assert character.tokens == expected
+
+
+def test_characters_join_and_leave_and_keep_their_bits(decoder) -> None:
+    jobs = [
+        job(
+            i,
+            least=7 + 3 * i,
+            most=7 + 3 * i,
+            empty=features(50, 2) if i % 2 else None,
+            params=replace(PLAIN, seed=i, guidance=1.5 if i % 2 else 1.0, temperature=0 if i == 4 else 0.8),
+        )
+        for i in range(7)
+    ]
+    alone = []
+    for one in jobs:
+        single = scheduler(decoder, slots=2)
+        alone.append(single.submit(one))
+        run(single, alone[-1])
+    crowd = scheduler(decoder, slots=5)
+    together = [crowd.submit(one) for one in jobs]
+    run(crowd, *together)
+    assert [c.tokens for c in together] == [c.tokens for c in alone]
+    assert sorted(crowd.free) == list(range(5))
+
+
+def test_nobody_overtakes_in_the_queue(decoder) -> None:
+    crowd = scheduler(decoder, slots=2, queue=3)
+    guided = {"empty": features(1), "params": replace(PLAIN, guidance=2.0)}
+    first, second, third = crowd.submit(job(0)), crowd.submit(job(1, **guided)), crowd.submit(job(2))
+    with pytest.raises(UserError, match="full: 3"):
+        crowd.submit(job(3))
+    crowd.step()
+    assert [c.state for c in (first, second, third)] == [
+        "running",
+        "queued",
+        "queued",
+    ]  # one free slot is not for third
+    crowd.cancel(first)
+    crowd.step()
+    assert [len(c.tokens) for c in (second, third)] == [1, 0]
+
+
+def test_deadlines_pass_in_the_queue_and_under_way(decoder) -> None:
+    crowd = scheduler(decoder, slots=1)
+    first, second = crowd.submit(job(0, deadline=100.0)), crowd.submit(job(1, deadline=50.0))
+    third = crowd.submit(job(2))
+    assert crowd.step(now=49.0) == [first]
+    assert crowd.step(now=50.0) == [second, first]
+    assert second.state == "expired" and "after 0 tokens" in second.error
+    crowd.step(now=100.0)
+    assert first.state == "expired" and "after 2 tokens" in first.error and len(third.tokens) == 1
+
+
+def test_what_can_never_run_is_refused(decoder) -> None:
+    crowd = scheduler(decoder, slots=1)
+    for bad in (job(least=62, most=62, window=62), job(text=features(0, 64)), job(most=99, window=61)):
+        with pytest.raises(UserError, match="holds 64"):
+            crowd.submit(bad)
+    with pytest.raises(UserError, match="2 slots"):
+        crowd.submit(job(empty=features(1)))
+    assert not crowd.waiting
+    longest = crowd.submit(job(least=61, most=61, window=61))
+    run(crowd, longest)
+    assert longest.state == "done" and len(longest.tokens) == 61
+
+
+def test_one_whose_logits_are_no_numbers_fails_alone(decoder) -> None:
+    crowd = scheduler(decoder)
+    good, bad = crowd.submit(job(0)), crowd.submit(job(1, text=torch.full((3, 8), torch.nan)))
+    wide = crowd.submit(job(2, text=torch.zeros(3, 9)))
+    run(crowd, good, bad, wide)
+    assert bad.state == wide.state == "failed" and good.state == "done"
+    assert "token 0" in bad.error and "finite" in bad.error and "token 0" in wide.error
+    single = scheduler(decoder)
+    again = single.submit(job(0))
+    run(single, again)
+    assert again.tokens == good.tokens
+
+
+@pytest.mark.parametrize("error", [RuntimeError("lost the device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_a_step_that_was_cut_off_can_be_repeated(decoder, monkeypatch, error, name: str) -> None:
+    crowd = scheduler(decoder)
+    characters = [crowd.submit(job(0))]
+    for _ in range(3):
+        crowd.step()
+    characters.append(crowd.submit(job(1)))
+    healthy = getattr(crowd.backend, name)
+
+    def breaks(*args):
+        monkeypatch.setattr(crowd.backend, name, healthy)
+        raise error
+
+    monkeypatch.setattr(crowd.backend, name, breaks)
+    if name == "prefill" and isinstance(error, RuntimeError):
+        crowd.step()
+        assert characters[1].state == "failed" and "lost the device" in characters[1].error
+        characters.pop()
+    else:
+        with pytest.raises(type(error)):
+            crowd.step()
+    run(crowd, *characters)
+    for character in characters:
+        single = scheduler(decoder)
+        alone = single.submit(character.job)
+        run(single, alone)
+        assert character.tokens == alone.tokens
+
+
+@pytest.mark.parametrize("steps", [0, 6])
+def test_a_fork_prefills_nothing_and_goes_on_under_its_own_name(decoder, monkeypatch, steps: int) -> None:
+    crowd = scheduler(decoder)
+    first = crowd.submit(job(0))
+    for _ in range(steps):
+        crowd.step()
+    prefilled = []
+    prefill = crowd.backend.prefill
+    monkeypatch.setattr(crowd.backend, "prefill", lambda *args: prefilled.append(1) or prefill(*args))
+    twins = [crowd.fork(first, replace(first.job, request=request)) for request in (0, 1)]
+    run(crowd, first, *twins)
+    assert len(prefilled) == (0 if steps else 1)
+    assert twins[0].tokens == first.tokens != twins[1].tokens
+    named = [first.job] * steps + [twins[1].job] * (20 - steps)
+    expected: list[int] = []
+    for index, one in enumerate(named):  # the oracle again, with another name from the fork on
+        logits = whole(decoder, first.job.text, expected)
+        names = (torch.tensor([v]) for v in (one.params.seed, index, one.request))
+        chosen = dict(zip(("seed", "position", "request"), names, strict=True))
+        expected.append(int(sample(logits, **chosen, temperature=1.0, top_p=0.9)))
+    assert twins[1].tokens == expected
+
+
+def test_a_fork_needs_a_running_character_and_a_free_slot(decoder) -> None:
+    crowd = scheduler(decoder, slots=2)
+    first = crowd.submit(job(0))
+    crowd.fork(first, job(0, request=1))  # runs at once: a slot was free
+    waits = crowd.submit(job(1))
+    with pytest.raises(UserError, match="queued"):
+        crowd.fork(waits, waits.job)
+    with pytest.raises(UserError, match="no free slots"):
+        crowd.fork(first, first.job)
+    with pytest.raises(UserError, match="guidance"):
+        crowd.redirect(first, job(0, empty=features(3)), carry=1)
+    crowd.cancel(first)
+    with pytest.raises(UserError, match="cancelled"):
+        crowd.redirect(first, first.job, carry=1)

@@ -1,0 +1,56 @@
+"""Streams of the default model: generate's frames, as they come; new prompts; the end."""
+
+import numpy as np
+import pytest
+
+import kinetok
+from kinetok.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def engine() -> kinetok.Engine:
+    return kinetok.load(device="cpu")
+
+
+def test_the_blocks_of_a_stream_are_generates_clip(engine) -> None:
+    clip = engine.generate("a person walks forward", seconds=4, seed=3)[0]
+    blocks = list(engine.stream("a person walks forward", seconds=4, seed=3))
+    assert [len(block) for block in blocks] == [2] * 60  # the default tokenizer is causal: two frames a token
+    for name, close in (("features", 1e-5), ("root", 1e-5), ("rotations", 1e-5)):
+        together = np.concatenate([getattr(block, name) for block in blocks])
+        np.testing.assert_allclose(together, getattr(clip, name), atol=close)
+    np.testing.assert_array_equal(blocks[0].offsets, clip.offsets)
+
+
+def test_a_stream_without_an_end_goes_on_past_the_trained_length_and_stops_when_told(engine) -> None:
+    with engine.stream("a person walks in a circle", seconds=float("inf"), seed=1, guidance=1.0) as stream:
+        blocks = [next(stream) for _ in range(240)]  # 16 s: the window slides twice
+    root = np.concatenate([block.root for block in blocks])
+    assert np.isfinite(root).all() and np.linalg.norm(np.diff(root, axis=0), axis=1).max() < 0.2
+    assert next(stream, None) is None
+    with pytest.raises(UserError, match="over"):
+        stream.redirect("a person jumps")
+
+
+def test_a_new_prompt_takes_over(engine) -> None:
+    stream = engine.stream("a person walks forward", seconds=2, seed=2)
+    before = [next(stream) for _ in range(20)]
+    stream.redirect("a person runs")
+    after = list(stream)
+    assert len(after) == 30 and {block.text for block in after} == {"a person runs"}  # two seconds from here
+    walked, ran = (np.concatenate([block.root for block in part])[-20:, [0, 2]] for part in (before, after))
+    assert np.linalg.norm(ran[-1] - ran[0]) > 2 * np.linalg.norm(walked[-1] - walked[0]) > 0.4
+    assert np.abs(after[0].root[0] - before[-1].root[-1]).max() < 0.1  # the world goes on
+    with pytest.raises(UserError, match="empty"):
+        engine.stream("a person runs").redirect(" ")
+
+
+def test_what_a_stream_refuses(engine, soak) -> None:
+    with pytest.raises(UserError, match="speed"):
+        engine.stream("a person runs", speed=2)
+    with pytest.raises(UserError, match="empty"):
+        engine.stream("")
+    broken = soak.small_engine()
+    broken.text.encode = lambda texts: [soak.torch.full((3, 8), soak.torch.nan) for _ in texts]
+    with pytest.raises(UserError, match="token 0"):
+        next(broken.stream("walk"))
