@@ -135,7 +135,7 @@ def _sampled(decoder: MotionDecoder, rows: list[Tensor], about: Mapping[str, Any
         tokens.append(token)
         if len(tokens) < int(about["most"]):
             logits = decoder.decode_step(torch.full((len(rows),), token), cache)
-    return tokens or list(ENDED_AT_ONCE)
+    return tokens or [ENDED_AT_ONCE]
 
 
 def _case(

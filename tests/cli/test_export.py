@@ -1,0 +1,76 @@
+"""kinetok export onnx, verify and generate --backend onnx."""
+
+import json
+import sys
+
+import pytest
+
+pytest.importorskip("onnx", reason="needs the extra 'onnx'")
+pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+
+
+@pytest.fixture
+def bundle(kinetok, model, tmp_path):
+    outcome = kinetok("export", "onnx", model, "--out", tmp_path / "bundle")
+    assert outcome.code == 0, outcome
+    assert "golden fixtures replayed and agreed" in outcome.out
+    return tmp_path / "bundle"
+
+
+def test_verify_and_what_it_notices(kinetok, refused, bundle) -> None:
+    outcome = kinetok("verify", bundle)
+    assert outcome.code == 0 and outcome.out.rstrip().endswith("all arrays agree")
+    manifest = json.loads((bundle / "kinetok_bundle.json").read_text())
+    reference = manifest["golden"][1]["frames"]
+    manifest["golden"][0]["frames"] = {**reference, "shape": [2, 272]}
+    (bundle / "kinetok_bundle.json").write_text(json.dumps(manifest))
+    outcome = kinetok("verify", bundle)
+    assert outcome.code == 1 and "FAIL  0.frames" in outcome.out
+    (bundle / "weights.bin").write_bytes(b"\0")
+    assert "not the file that was exported" in refused("verify", bundle)
+    manifest["version"] = 99
+    (bundle / "kinetok_bundle.json").write_text(json.dumps(manifest))
+    assert "update kinetok" in refused("verify", bundle)
+
+
+def test_the_same_clips_from_onnx_runtime(kinetok, bundle, model, tmp_path) -> None:
+    tokens = []
+    for number, name in enumerate(("torch", "onnx", f"onnx:{bundle}")):
+        out = tmp_path / str(number)
+        arguments = ("a person runs", "--model", model, "--format", "npz", "--backend", name, "-o", out)
+        outcome = kinetok("generate", *arguments)
+        assert outcome.code == 0, outcome
+        tokens.append(next(out.glob("*.npz")).read_bytes())
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (("--opset", "17"), "expected one of 23, 18"),
+        (("--dtype", "bf16"), "expected one of fp32, fp16, int8, int4"),
+        (("--kv", "int8"), "expected one of fp32, fp16"),
+    ],
+)
+def test_options_that_do_not_exist(refused, model, tmp_path, arguments, remedy) -> None:
+    assert remedy in refused("export", "onnx", model, "--out", tmp_path / "bundle", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named(refused, model, bundle, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "pip install 'kinetok[onnx]'" in refused("verify", bundle)
+    for name in [name for name in sys.modules if name.startswith("kinetok.export")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert "pip install 'kinetok[onnx]'" in refused("export", "onnx", model, "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_provider_that_is_not_there(refused, bundle) -> None:
+    assert "install onnxruntime-gpu" in refused("verify", bundle, "--device", "cuda")
+
+
+def test_a_bundle_of_another_model(refused, bundle, tmp_path) -> None:
+    line = refused("generate", "a person runs", "--backend", f"onnx:{bundle}", "-o", tmp_path / "out")
+    assert "another model" in line

@@ -1,0 +1,191 @@
+"""A bundle: what the manifest says is what the files hold, it replays, and nothing half-written is left behind."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from kinetok.errors import UserError
+from kinetok.export.bundle import export_bundle
+from kinetok.export.replay import replay
+from kinetok.runtime.bundle import MANIFEST, read_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(model_of, tmp_path_factory) -> Path:
+    return export_bundle(model_of(), tmp_path_factory.mktemp("bundle") / "out")
+
+
+@pytest.fixture
+def copied(bundle, tmp_path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+def edit(folder: Path, **changes) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv", "opset"),
+    [("fp32", None, 23), ("fp32", "fp16", 18), ("fp16", None, 23), ("int8", None, 23), ("int4", "fp16", 18)],
+)
+def test_what_is_written_replays(model_of, tmp_path, dtype, kv, opset) -> None:
+    out = export_bundle(model_of(), tmp_path / "out", dtype=dtype, kv=kv, opset=opset, check=False)
+    report = replay(out)
+    assert report.passed, str(report)
+    names = {check.name.split(".")[1] for check in report.checks}
+    assert names == {"first_logits", "greedy", "sampled", "frames", "streamed"}
+    manifest = json.loads((out / MANIFEST).read_text())
+    nodes = [n for path in out.glob("*.onnx") for n in onnx.load(str(path), load_external_data=False).graph.node]
+    domains = {node.domain for node in nodes}
+    assert domains == set(manifest["domains"]) == ({"", "com.microsoft"} if "int" in dtype else {""})
+    kinds = {node.op_type for node in nodes if node.domain}
+    assert kinds == ({"MatMulNBits"} if "int" in dtype else set())
+
+
+def test_the_manifest_says_what_is_there(bundle, model_of) -> None:
+    manifest, model = json.loads((bundle / MANIFEST).read_text()), model_of()
+    assert set(manifest["files"]) == {path.name for path in bundle.iterdir()} - {MANIFEST}
+    for name, about in manifest["files"].items():
+        data = (bundle / name).read_bytes()
+        assert about == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    for about in manifest["graphs"].values():
+        proto = onnx.load(str(bundle / about["file"]), load_external_data=False).graph
+        for side, values in (("inputs", proto.input), ("outputs", proto.output)):
+            assert [value["name"] for value in about[side]] == [value.name for value in values]
+    assert manifest["skeleton"]["offsets"] == model.offsets.tolist()
+    assert manifest["features"]["mean"] == model.mean.tolist()
+    assert manifest["sampling"]["guidance"] == 2.0 and manifest["provenance"] == {"made": "for a test"}
+    assert manifest["absent"].keys() == {"text_encoder"} and "bank" in manifest["absent"]["text_encoder"]
+    opened = read_bundle(bundle)
+    rows = opened.tensor(manifest["bank"]["features"])
+    about = manifest["bank"]["prompts"][1]
+    from kinetok.model.bank import PromptBank
+
+    kept = PromptBank.load(model.bank).features[about["text"]].numpy()  # type: ignore[arg-type]
+    np.testing.assert_array_equal(rows[about["row"] : about["row"] + about["rows"]], kept)
+
+
+def test_the_same_model_gives_the_same_bytes(bundle, model_of, tmp_path) -> None:
+    again = export_bundle(model_of(), tmp_path / "out", check=False)
+    for path in bundle.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "decode.onnx", "bank.bin"])
+def test_an_edited_file_is_noticed(copied, name) -> None:
+    data = bytearray((copied / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copied / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name}: not the file that was exported"):
+        read_bundle(copied)
+    (copied / name).unlink()
+    with pytest.raises(UserError, match="cannot read"):
+        read_bundle(copied)
+
+
+def test_weights_that_changed_with_their_hash_are_found_by_the_replay(copied) -> None:
+    """A wrong file with a right hash: only running it can tell, and the report names what went wrong first."""
+    path = copied / "weights.bin"
+    data = np.fromfile(path, np.uint8)
+    floats = data.view(np.float32)
+    floats[np.abs(floats) > 0.2] *= 1.05
+    path.write_bytes(data.tobytes())
+    files = json.loads((copied / MANIFEST).read_text())["files"]
+    files["weights.bin"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit(copied, files=files)
+    report = replay(copied)
+    assert not report.passed
+    first = next(check for check in report.checks if not check.passed)
+    assert first.name == "0.first_logits" and "first beyond it at" in first.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"version": 2}, "newer than this kinetok reads"),
+        ({"format": "zip"}, "expected the format"),
+        ({"version": "1"}, "expected the format"),
+        ({"files": {"../weights.bin": {}}}, "not the name of a bundle's file"),
+        ({"files": []}, "'files' to be an object"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read(copied, changes, why) -> None:
+    edit(copied, **changes)
+    with pytest.raises(UserError, match=why):
+        read_bundle(copied)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        None,
+        {"file": "bank.bin", "dtype": "float64", "shape": [1], "offset": 0},
+        {"file": "../bank.bin", "dtype": "float32", "shape": [1], "offset": 0},
+        {"file": "bank.bin", "dtype": "float32", "shape": [1 << 40], "offset": 0},
+        {"file": "bank.bin", "dtype": "float32", "shape": [-1], "offset": 0},
+        {"file": "bank.bin", "dtype": "float32", "shape": [1], "offset": 4},
+        {"file": "bank.bin", "dtype": "float32", "shape": [1], "offset": "0"},
+    ],
+)
+def test_tensors_outside_their_file_are_refused(bundle, reference) -> None:
+    with pytest.raises(UserError):
+        read_bundle(bundle).tensor(reference)
+
+
+def test_a_failure_leaves_the_old_bundle_and_nothing_else(model_of, tmp_path, bundle) -> None:
+    out = Path(shutil.copytree(bundle, tmp_path / "out"))
+    model = model_of()
+    with torch.no_grad():
+        model.decoder.blocks[1].down.weight[0, 0] = 1e6
+    with pytest.raises(UserError, match="do not fit into float16"):
+        export_bundle(model, out, dtype="fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / MANIFEST).read_bytes() == (bundle / MANIFEST).read_bytes()
+
+
+def test_a_graph_that_disagrees_is_never_put_in_place(model_of, tmp_path, monkeypatch) -> None:
+    import kinetok.export.bundle as module
+
+    real = module.golden_cases
+
+    def wrong(*arguments):
+        cases = real(*arguments)
+        cases[0]["frames"] = cases[0]["frames"] + 1
+        return cases
+
+    monkeypatch.setattr(module, "golden_cases", wrong)
+    with pytest.raises(UserError, match=r"disagree with the model, nothing was written: 0\.frames"):
+        export_bundle(model_of(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bf16"}, {"opset": 17}, {"kv": "int8"}])
+def test_options_that_do_not_exist(model_of, tmp_path, options) -> None:
+    with pytest.raises(UserError, match="expected one of"):
+        export_bundle(model_of(), tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_is_left_alone(model_of, tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="other files"):
+        export_bundle(model_of(), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_model_without_a_bank_and_one_that_cannot_stream(model_of, tmp_path) -> None:
+    model = replace(model_of({"causal": False}, tie_weights=True), bank=None)
+    out = export_bundle(model, tmp_path / "out")
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["bank"] is None and "not causal" in manifest["absent"]["detokenize_stream"]
+    assert manifest["decoder"]["banned_ids"] == [241] and manifest["tokenizer"]["look_ahead_tokens"] > 0
+    with pytest.raises(UserError, match="no graph 'detokenize_stream': the tokenizer is not causal"):
+        read_bundle(out).graph("detokenize_stream")
