@@ -23,6 +23,11 @@ def _matrix(levels: int, gain: float, inverse: bool, dtype: torch.dtype) -> Tens
     return answers.flatten(1).T.contiguous().to(dtype)
 
 
+def _times(matrix: Tensor, x: Tensor) -> Tensor:
+    """``[P, P]`` times each of ``x [N, P, M]``. ``@`` would make one product of some of them, with a copy of x."""
+    return torch.bmm(matrix.expand(len(x), -1, -1), x)
+
+
 def _packet(x: Tensor, levels: int, gain: float, inverse: bool, channels_last: bool) -> Tensor:
     """The transform of whole blocks, in x's dtype: one product a block (channels-last) or a clip."""
     matrix = _matrix(levels, gain, inverse, torch.promote_types(x.dtype, torch.float32))
@@ -31,13 +36,13 @@ def _packet(x: Tensor, levels: int, gain: float, inverse: bool, channels_last: b
         batch, time, channels = wide.shape
         if inverse:
             time, channels = time * size, channels // size
-        y = matrix @ wide.reshape(-1, size, channels)
+        y = _times(matrix, wide.reshape(-1, size, channels))
         y = y.view(batch, time, channels) if inverse else y.view(batch, time // size, channels * size)
     elif inverse:  # coefficients are 2^levels rows of all channels and blocks, frames are their transpose
-        y = (matrix @ wide.reshape(len(wide), size, -1)).transpose(1, 2)
-        y = y.reshape(len(wide), wide.shape[1] // size, -1)
+        y = _times(matrix, wide.reshape(len(wide), size, -1)).transpose(1, 2)
+        y = y.contiguous().view(len(wide), wide.shape[1] // size, -1)
     else:
-        y = matrix @ wide.reshape(len(wide), -1, size).transpose(1, 2)
+        y = _times(matrix, wide.reshape(len(wide), -1, size).transpose(1, 2))
         y = y.view(len(wide), wide.shape[1] * size, -1)
     return y.to(x.dtype)
 
