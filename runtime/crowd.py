@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.kernels.kinematics import HEADING_CHANGE, ROOT_VELOCITY, heading_and_path, local_pose, sixd_from_matrix
+from kinetok.kernels.kinematics import HEADING_CHANGE, ROOT_VELOCITY, local_pose, matrix_from_6d, sixd_from_matrix
 from kinetok.model.config import FRAME_RATE
 from kinetok.model.pretrained import ModelBundle
 from kinetok.model.streaming import StreamingDetokenizer
 from kinetok.motion import Motion
+from kinetok.motion.features import ROTATIONS
 from kinetok.runtime.backends import open_backend
 from kinetok.runtime.scheduler import Character, Job, Scheduler
 
@@ -228,9 +229,10 @@ def _stand(features: np.ndarray, last: Tensor | None) -> tuple[Tensor, Tensor, T
     skip = 0 if last is None else 1
     if last is not None:
         x = torch.cat((last[None], x))
-    back, path = heading_and_path(x)
     rotations, root = local_pose(x)
+    # The root's rotation is the heading's inverse times the one without heading, which the frame holds.
+    heading = matrix_from_6d(x[-1, ROTATIONS][:6]) @ rotations[-1, 0].T
     end = x[-1].clone()
-    end[ROOT_VELOCITY] = path[-1, [0, 2]]
-    end[HEADING_CHANGE] = sixd_from_matrix(back[-1].T)
+    end[ROOT_VELOCITY] = root[-1, [0, 2]]
+    end[HEADING_CHANGE] = sixd_from_matrix(heading)
     return rotations[skip:], root[skip:], end

@@ -1,8 +1,8 @@
 """Streams and a crowd of the default model: ``python benchmarks/runtime/bench_stream.py --json FILE``.
 
 Time from a banked prompt to the first block of frames, time a block after it, the steps of a crowd, and the cost of a step
-late in a clip against early. That a crowd's clips are those of characters alone is checked first. Beside the clock on the wall stands
-the processor's time, which neighbours on a busy machine do not change.
+late in a clip against early. That a crowd's clips are those of characters alone is checked first. Beside the clock on the
+wall stands the processor's time, which neighbours on a busy machine do not change.
 """
 
 import argparse
