@@ -142,7 +142,8 @@ def _graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def _routes(case: Case, device: torch.device, compiled: bool) -> dict[str, Callable[[], Any]]:
+def _routes(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The routes to time by name, and why others are left out: a library that fails here must not cost ours its row."""
     functions: dict[str, Route] = {"ours": case.ours, "eager": case.eager}
     if compiled and case.compiled:
         functions["torch.compile"] = torch.compile(case.eager, dynamic=False)
@@ -151,12 +152,17 @@ def _routes(case: Case, device: torch.device, compiled: bool) -> dict[str, Calla
     def bind(function: Route) -> Callable[[], Any]:
         return lambda: function(*case.args)
 
-    calls = {name: bind(function) for name, function in functions.items()}
-    if device.type == "cuda" and case.graph:
-        for call in calls.values():
+    calls: dict[str, Callable[[], Any]] = {}
+    left_out: dict[str, str] = {}
+    for name, call in {name: bind(function) for name, function in functions.items()}.items():
+        try:
             call()  # compiles
-        return {name: _graphed(call) for name, call in calls.items()}
-    return calls
+            calls[name] = _graphed(call) if device.type == "cuda" and case.graph else call
+        except Exception as error:
+            if name in ("ours", "eager"):
+                raise
+            left_out[name] = f"{type(error).__name__}: {error}"[:200]
+    return calls, left_out
 
 
 def measure(
@@ -167,13 +173,15 @@ def measure(
     torch.compiler.reset()
     case = bench.build(bench.sizes[name], device)
     verdict = check(case)
-    times = Clock(device).all(_routes(case, device, compiled), seconds)
+    routes, left_out = _routes(case, device, compiled)
+    times = Clock(device).all(routes, seconds)
     spread = {route: percentiles(values) for route, values in times.items()}
     row: dict[str, Any] = {"op": bench.op, "size": name, "check": verdict, "repeats": len(times["ours"])}
     row["ms"] = {route: {p: 1e3 * value for p, value in cuts.items()} for route, cuts in spread.items()}
     row |= {"gb_per_s": None, "tflop_per_s": None, "limits": {}, "bound": None, "share_of_limit": None}
     row["faster_than"] = {}
-    row["best_library"] = min(case.library, key=lambda route: spread[route]["p50"], default=None)
+    measured = [route for route in case.library if route in spread]
+    row |= {"best_library": min(measured, key=lambda route: spread[route]["p50"], default=None), "left_out": left_out}
     if verdict["passed"]:
         own = spread["ours"]["p50"]
         row["limits"] = {"copy_gb_per_s": copy_bandwidth(device) / 1e9}
@@ -202,6 +210,7 @@ def text_of(row: Mapping[str, Any]) -> str:
         return f"{head}  FAILED: error {verdict['error']}, allowed {verdict['tolerance']:g}"
     rate = f"{row['tflop_per_s']:8.3f} TFLOP/s" if row["bound"] == "matmul" else f"{row['gb_per_s']:8.2f} GB/s"
     ratios = "  ".join(f"{ratio:.2f}x {route}" for route, ratio in row["faster_than"].items())
+    ratios += "".join(f"  ({route} left out: {why})" for route, why in row["left_out"].items())
     return f"{head} {rate} = {row['share_of_limit']:.2f} of {row['bound']}  {ratios}  error {verdict['error']:.1e}"
 
 

@@ -48,6 +48,18 @@ def test_a_right_route_gets_rates_and_ratios():
     assert bound["bound"] == "matmul" and "TFLOP/s = " in harness.text_of(bound)
 
 
+def test_a_library_that_fails_is_left_out_and_says_why():
+    def broken(x):
+        raise RuntimeError("no kernel for this card")
+
+    found = row(lambda x: x @ x, library={"broken": broken, "einsum": lambda x: torch.einsum("ij,jk->ik", x, x)})
+    assert found["left_out"] == {"broken": "RuntimeError: no kernel for this card"}
+    assert set(found["faster_than"]) == {"eager", "einsum"} and found["best_library"] == "einsum"
+    assert "broken left out" in harness.text_of(found)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        row(broken, eager=lambda x: x @ x)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
