@@ -1,0 +1,40 @@
+// JSON for the bundle's manifest: strict, bounded, no recursion deeper than MAX_DEPTH. Throws Error(KT_ERROR_BUNDLE).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace kinetok {
+
+class Json {
+ public:
+  enum class Type { null, boolean, number, string, array, object };
+  static constexpr int MAX_DEPTH = 32;
+
+  static Json parse(std::string_view text);
+
+  Type type() const { return type_; }
+  bool is_null() const { return type_ == Type::null; }
+  // Each throws, naming `what`, where the value is of another type or out of range.
+  const std::string& string(const char* what) const;
+  bool boolean(const char* what) const;
+  double number(const char* what) const;
+  uint64_t natural(const char* what, uint64_t low, uint64_t high) const;
+  const std::vector<Json>& array(const char* what) const;
+  const std::vector<std::pair<std::string, Json>>& object(const char* what) const;
+  const Json& at(const char* key) const;         // throws where absent
+  const Json* find(std::string_view key) const;  // nullptr where absent, or no object
+
+ private:
+  friend class JsonReader;
+  Type type_ = Type::null;
+  double number_ = 0;  // of a boolean too
+  std::string string_;
+  std::vector<Json> array_;
+  std::vector<std::pair<std::string, Json>> object_;
+};
+
+}  // namespace kinetok

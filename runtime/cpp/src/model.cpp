@@ -1,0 +1,450 @@
+#include "model.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+
+namespace kinetok {
+
+namespace {
+
+constexpr double MEASURE_US = 2e5, CARRIED_SECONDS = 1;
+constexpr int32_t ENDED_AT_ONCE = 1;  // the one token of a clip whose end token comes first, as in the reference
+
+double microseconds(std::chrono::steady_clock::duration time) { return std::chrono::duration<double, std::micro>(time).count(); }
+
+kt_model_options complete(kt_model_options options, const Bundle& bundle) {
+  if (!options.characters) options.characters = 8;
+  if (!options.positions) options.positions = bundle.positions;
+  if (!options.ahead_frames) options.ahead_frames = 16;
+  if (!options.threads) options.threads = 1;
+  const auto within = [](const char* name, uint32_t value, uint32_t low, uint32_t high) {
+    if (value < low || value > high) throw Error(KT_ERROR_ARGUMENT, "%s: expected %u to %u, got %u", name, low, high, value);
+  };
+  within("characters", options.characters, 1, 4096);
+  within("positions", options.positions, 2, bundle.positions);
+  within("ahead_frames", options.ahead_frames, bundle.frames_per_token, 1u << 16);
+  within("threads", options.threads, 1, 256);
+  if (options.flags & ~uint32_t{KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES | KT_OPEN_NO_GUIDANCE})
+    throw Error(KT_ERROR_ARGUMENT, "flags: expected KT_OPEN_... values, got %#x", options.flags);
+  if (!options.allocate != !options.release) throw Error(KT_ERROR_ARGUMENT, "expected both allocate and release, or neither");
+  return options;
+}
+
+uint32_t rows_each(const Bundle& bundle, uint32_t flags) {
+  if (flags & KT_OPEN_NO_GUIDANCE) return 1;
+  const bool banked = std::any_of(bundle.bank.begin(), bundle.bank.end(), [](const BankPrompt& p) { return p.text.empty(); });
+  return banked || (bundle.has_graph("text_encoder") && !(flags & KT_OPEN_NO_TEXT)) ? 2 : 1;
+}
+
+}  // namespace
+
+Model::Model(const char* folder, const kt_model_options& options)
+    : bundle_(folder),
+      options_(complete(options, bundle_)),
+      provider_(options.provider ? options.provider : "cpu"),
+      rows_(rows_each(bundle_, options.flags)),
+      memory_(options_),
+      runtime_(options.onnxruntime ? options.onnxruntime : ""),
+      sampler_(bundle_.logits) {
+  const bool hash = !(options_.flags & KT_OPEN_NO_HASHES);
+  graphs_ = std::make_unique<Graphs>(bundle_, runtime_, options_, rows_, memory_);
+  if (graphs_->encodes()) words_ = std::make_unique<WordPiece>(bundle_.text, read_file(bundle_.file(bundle_.text.vocab, hash), 64u << 20));
+  bank_ = bundle_.bank_features(hash);
+  find_empty();
+  for (uint32_t i = 0; i < options_.characters; ++i) {
+    characters_.emplace_back(bundle_, options_.positions, options_.ahead_frames, memory_);
+    characters_.back().text_width = bundle_.text_dim;
+  }
+  ids_.resize(bundle_.max_features);
+  queue_.resize(options_.characters);
+  measure();
+  worker_ = std::thread([this] { work(); });
+}
+
+Model::~Model() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    closing_ = true;
+    for (Character& c : characters_) c.job.abandoned = true;
+  }
+  wanted_.notify_all();
+  if (worker_.joinable()) worker_.join();
+}
+
+void Model::find_empty() {
+  if (rows_ == 1) return;
+  for (const BankPrompt& prompt : bundle_.bank) {
+    if (!prompt.text.empty()) continue;
+    const float* first = bank_.data() + size_t{prompt.row} * bundle_.text_dim;
+    empty_.assign(first, first + size_t{prompt.rows} * bundle_.text_dim);
+    empty_rows_ = prompt.rows;
+    return;
+  }
+  std::vector<int64_t> ids(bundle_.text.max_ids);
+  const uint32_t count = words_->encode("", ids.data(), bundle_.text.max_ids);
+  empty_rows_ = count + bundle_.max_features - bundle_.text.max_ids;
+  empty_.resize(size_t{empty_rows_} * bundle_.text_dim);
+  graphs_->encode(ids.data(), count, empty_.data(), empty_rows_);
+}
+
+// What a token costs, by groups of every size; ONNX Runtime also takes its own memory in its first calls.
+void Model::measure() {
+  const auto began = Clock::now();
+  for (uint32_t count = 1; count <= std::min(Graphs::TOGETHER, options_.characters); ++count) {
+    for (const bool warm : {false, true}) {
+      const auto start = Clock::now();
+      graphs_->decode(0, count);
+      graphs_->detokenize(0, count);
+      if (warm) learn(count, microseconds(Clock::now() - start));
+    }
+    if (microseconds(Clock::now() - began) > MEASURE_US) return;
+  }
+}
+
+kt_character_options Model::defaults() const {
+  kt_character_options options{};
+  options.size = sizeof options;
+  options.abi = KT_ABI_VERSION;
+  options.top_k = bundle_.top_k;
+  options.temperature = bundle_.temperature;
+  options.top_p = bundle_.top_p;
+  options.guidance = guided() ? bundle_.guidance : 1;
+  return options;
+}
+
+uint32_t Model::free_place() {
+  take_back();
+  while (true) {
+    bool leaving = false;
+    for (uint32_t i = 0; i < characters_.size(); ++i) {
+      if (!characters_[i].taken && !characters_[i].leaving) return i;
+      leaving |= characters_[i].leaving;
+    }
+    if (!leaving) throw Error(KT_ERROR_FULL, "all %u characters are taken: destroy one, or open the model with more", options_.characters);
+    wait_for_worker();  // it notices within one call that it is not wanted any more
+    take_back();
+  }
+}
+
+uint32_t Model::create(const kt_character_options& o) {
+  const auto check = [](bool fine, const char* what, double got) {
+    if (!fine) throw Error(KT_ERROR_ARGUMENT, "%s, got %g", what, got);
+  };
+  check(o.temperature == 0 || (o.temperature >= 1e-3 && o.temperature <= 100), "temperature: expected 0 (greedy), or 0.001 to 100", o.temperature);
+  check(o.top_p >= 1e-4 && o.top_p <= 1, "top_p: expected more than 0 and at most 1", o.top_p);
+  check(o.guidance >= 0 && o.guidance <= 100, "guidance: expected 0 to 100 (1: off)", o.guidance);
+  check(o.guidance == 1 || guided(), "guidance: this model has no features of the empty text, or was opened without; expected 1", o.guidance);
+  check(o.seconds == 0 || (o.seconds >= 1e-3 && (o.seconds <= 600 || std::isinf(o.seconds))), "seconds: expected 0 (the model decides), 0.001 to 600, or infinity", o.seconds);
+  const uint32_t index = free_place();
+  Character& c = characters_[index];
+  c.reset();
+  c.taken = true;
+  c.generation = (c.generation + 1) & 0xFFFFFF;
+  if (!c.generation) c.generation = 1;
+  c.seed = o.seed, c.request = o.request, c.top_k = o.top_k;
+  c.temperature = o.temperature, c.top_p = o.top_p, c.guidance = o.guidance, c.seconds = o.seconds;
+  graphs_->reset_detokenizer(index);
+  return index;
+}
+
+Character* Model::character(uint32_t index, uint32_t generation) {
+  if (index >= characters_.size()) return nullptr;
+  Character& c = characters_[index];
+  return c.taken && c.generation == generation ? &c : nullptr;
+}
+
+void Model::destroy(uint32_t index) {
+  Character& c = characters_[index];
+  c.taken = false;
+  c.leaving = c.with_worker;
+  c.pending = false;
+  c.job.abandoned = c.with_worker;
+}
+
+void Model::cancel(uint32_t index) {
+  Character& c = characters_[index];
+  c.job.abandoned = c.with_worker;
+  c.reset();
+  graphs_->reset_detokenizer(index);
+}
+
+void Model::prompt(uint32_t index, const kt_prompt_source& source) {
+  Character& c = characters_[index];
+  take_back();
+  if (c.state == KT_FAILED) throw Error(KT_ERROR_STATE, "this character has failed: kt_cancel it before another prompt");
+  Plan plan;
+  // The worker may be reading the buffer of the plan under way.
+  plan.buffer = 1 - (c.with_worker ? c.job.plan.buffer : c.plan.buffer);
+  const float* features = nullptr;
+  if (source.text) {
+    if (!words_) throw Error(KT_ERROR_STATE, "this model has no text encoder, or was opened without: give a banked prompt or features");
+    plan.ids = words_->encode(source.text, ids_.data(), bundle_.text.max_ids);
+    plan.rows = plan.ids + bundle_.max_features - bundle_.text.max_ids;
+  } else if (source.features) {
+    features = source.features;
+    plan.rows = source.rows;
+    if (!plan.rows || plan.rows > bundle_.max_features) throw Error(KT_ERROR_ARGUMENT, "rows: expected 1 to %u, got %u", bundle_.max_features, plan.rows);
+    if (!std::all_of(features, features + size_t{plan.rows} * bundle_.text_dim, [](float x) { return std::isfinite(x); }))
+      throw Error(KT_ERROR_ARGUMENT, "features: expected finite numbers");
+  } else {
+    if (source.banked > bundle_.bank.size()) throw Error(KT_ERROR_ARGUMENT, "banked: expected the id of one of %zu prompts, plus 1, got %u", bundle_.bank.size(), source.banked);
+    const BankPrompt& prompt = bundle_.bank[source.banked - 1];
+    features = bank_.data() + size_t{prompt.row} * bundle_.text_dim;
+    plan.rows = prompt.rows;
+  }
+  set_budget(plan, bundle_, c.seconds, options_.positions, std::max(plan.rows, empty_rows_));
+  // From here on nothing fails: a call that does leaves the prompt before it as it was.
+  std::copy_n(ids_.data(), plan.ids, c.ids[plan.buffer]);
+  if (features) std::copy_n(features, size_t{plan.rows} * bundle_.text_dim, c.text[plan.buffer]);
+  if (c.with_worker) {
+    c.pending = true;
+    c.next = plan;
+    c.job.abandoned = true;
+    return;
+  }
+  begin(index, plan);
+}
+
+// A prompt takes over, with the newest second of motion behind it.
+void Model::begin(uint32_t index, const Plan& plan) {
+  Character& c = characters_[index];
+  const auto carried = static_cast<uint32_t>(std::max(1.0, std::nearbyint(CARRIED_SECONDS * bundle_.tokens_per_second)));
+  c.least = static_cast<double>(c.written) + plan.least;
+  c.most = static_cast<double>(c.written) + plan.most;
+  c.plan = plan;
+  hand_over(index, plan, std::min({carried, c.kept_tokens(), plan.window}));
+}
+
+void Model::hand_over(uint32_t index, const Plan& plan, uint32_t tokens) {
+  Character& c = characters_[index];
+  Job& job = c.job;
+  job.plan = plan;
+  job.replayed = tokens;
+  for (uint32_t i = 0; i < tokens; ++i) job.replay[i] = c.token(c.written - tokens + i);
+  job.status = KT_OK;
+  job.abandoned = false;
+  job.finished = false;
+  c.fresh = false;
+  c.with_worker = true;
+  c.state = KT_PREPARING;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    queue_[(queue_first_ + queued_++) % queue_.size()] = index;
+  }
+  wanted_.notify_one();
+}
+
+void Model::take_back() {
+  for (uint32_t i = 0; i < characters_.size(); ++i) {
+    Character& c = characters_[i];
+    if (!c.with_worker || !c.job.finished.load(std::memory_order_acquire)) continue;
+    c.with_worker = false;
+    if (c.leaving) {
+      c.leaving = false;
+    } else if (c.pending) {
+      c.pending = false;
+      begin(i, c.next);
+    } else if (c.state == KT_PREPARING) {  // not cancelled meanwhile
+      if (c.job.status != KT_OK) {
+        fail(c, c.job.error);
+      } else {
+        c.plan.ids = 0;  // the features are there now
+        c.cached = c.job.replayed;
+        c.fresh = true;
+        c.state = KT_RUNNING;
+      }
+    }
+  }
+}
+
+void Model::fail(Character& c, const char* why) {
+  c.state = KT_FAILED;
+  std::snprintf(c.error, sizeof c.error, "%s", why);
+}
+
+bool Model::can_write(const Character& c) const {
+  return c.taken && c.state == KT_RUNNING && c.unread() + bundle_.frames_per_token <= c.ahead;
+}
+
+double Model::expected(uint32_t count) const {
+  if (cost_[count] > 0) return cost_[count];
+  for (uint32_t known = count; known-- > 1;)
+    if (cost_[known] > 0) return cost_[known] * count / known;
+  return 0;
+}
+
+// Dear surprises count at once, cheap ones little by little: a frame that is late is seen, one that is early is not.
+void Model::learn(uint32_t count, double us) {
+  double& cost = cost_[count];
+  cost += (us - cost) * (us > cost ? 0.5 : 0.05);
+}
+
+// The hungriest character, and its neighbours as far as the budget goes.
+bool Model::choose(double budget_us, uint32_t& first, uint32_t& count) const {
+  uint32_t best = UINT32_MAX;
+  for (uint32_t i = 0; i < characters_.size(); ++i)
+    if (can_write(characters_[i]) && (best == UINT32_MAX || characters_[i].unread() < characters_[best].unread())) best = i;
+  if (best == UINT32_MAX) return false;
+  first = best, count = 1;
+  while (count < Graphs::TOGETHER && expected(count + 1) <= budget_us) {
+    const bool left = first > 0 && can_write(characters_[first - 1]);
+    const bool right = first + count < characters_.size() && can_write(characters_[first + count]);
+    if (!left && !right) break;
+    if (left && (!right || characters_[first - 1].unread() <= characters_[first + count].unread())) --first;
+    ++count;
+  }
+  return true;
+}
+
+kt_step_report Model::step(uint32_t budget_us) {
+  kt_step_report report{};
+  report.size = sizeof report;
+  report.abi = KT_ABI_VERSION;
+  const auto began = Clock::now();
+  const bool unlimited = budget_us == KT_UNLIMITED;
+  const auto spent = [&] { return microseconds(Clock::now() - began); };
+  take_back();
+  for (bool any = false; budget_us;) {
+    uint32_t first = 0, count = 0;
+    const double left = unlimited ? 1e18 : budget_us - spent();
+    if (!choose(left, first, count)) {
+      if (!unlimited) break;
+      const bool waits = std::any_of(characters_.begin(), characters_.end(), [](const Character& c) { return c.with_worker; });
+      if (!waits) break;
+      wait_for_worker();
+      take_back();
+      continue;
+    }
+    if (any && expected(count) > left) break;
+    any = true;
+    const double before = spent();
+    advance(first, count, report);
+    learn(count, spent() - before);
+  }
+  for (const Character& c : characters_) {
+    if (!c.taken) continue;
+    report.ready += c.unread() != 0;
+    report.working += c.state == KT_PREPARING || c.state == KT_RUNNING;
+  }
+  return report;
+}
+
+// Calls `call(first, count)` for every run of neighbours within the range that fit.
+template <typename Fits, typename Call>
+void Model::runs(uint32_t first, uint32_t count, Fits fits, Call call) {
+  for (uint32_t at = first, end = first + count; at < end;) {
+    uint32_t stop = at;
+    while (stop < end && fits(characters_[stop])) ++stop;
+    if (stop == at) {
+      ++at;
+      continue;
+    }
+    try {
+      call(at, stop - at);
+    } catch (const Error& error) {
+      for (uint32_t i = at; i < stop; ++i) fail(characters_[i], error.what());
+    }
+    at = stop;
+  }
+}
+
+// One token, and its frames, for each of `count` neighbours that can write.
+void Model::advance(uint32_t first, uint32_t count, kt_step_report& report) {
+  for (uint32_t i = first; i < first + count; ++i) {
+    Character& c = characters_[i];
+    // A full window: the text and the newest tokens anew.
+    if (!c.fresh && c.cached >= c.plan.window) hand_over(i, c.plan, std::min(c.plan.keep, c.kept_tokens()));
+    if (c.fresh || c.state != KT_RUNNING) continue;
+    for (uint32_t row = 0; row < rows_; ++row) {
+      graphs_->token[i * rows_ + row] = c.token(c.written - 1);
+      graphs_->position[i * rows_ + row] = (row ? empty_rows_ : c.plan.rows) + c.cached;
+    }
+  }
+  runs(
+      first, count, [](const Character& c) { return c.state == KT_RUNNING && !c.fresh; },
+      [&](uint32_t at, uint32_t n) {
+        graphs_->decode(at, n);
+        report.calls++;
+        for (uint32_t i = at; i < at + n; ++i) characters_[i].fresh = true, characters_[i].cached++;
+      });
+  for (uint32_t i = first; i < first + count; ++i) {
+    Character& c = characters_[i];
+    c.pushed = c.state == KT_RUNNING && draw(i);
+    report.tokens += c.pushed;
+  }
+  runs(
+      first, count, [](const Character& c) { return c.pushed; },
+      [&](uint32_t at, uint32_t n) {
+        graphs_->detokenize(at, n);
+        report.calls++;
+        for (uint32_t i = at; i < at + n; ++i) {
+          const float* frames = graphs_->frames_of(i);
+          const size_t numbers = size_t{bundle_.frames_per_token} * bundle_.features;
+          if (!std::all_of(frames, frames + numbers, [](float x) { return std::isfinite(x); }))
+            fail(characters_[i], "the model decoded to NaN or infinity; are its weights whole?");
+          else
+            for (uint32_t f = 0; f < bundle_.frames_per_token; ++f) characters_[i].push_frame(frames + f * bundle_.features);
+        }
+      });
+}
+
+// Draws a character's next token; false where its clip ended instead.
+bool Model::draw(uint32_t index) {
+  Character& c = characters_[index];
+  const float* logits = graphs_->logits_of(index * rows_);
+  sampler_.mix(logits, c.guidance == 1 ? nullptr : graphs_->logits_of(index * rows_ + 1), c.guidance);
+  for (const uint32_t id : bundle_.banned) sampler_.ban(id);
+  if (static_cast<double>(c.written) < c.least) sampler_.ban(static_cast<uint32_t>(bundle_.end_id));
+  const int32_t token = sampler_.draw({c.seed, c.written, c.request, c.top_k, c.temperature, c.top_p});
+  if (token == sampling::NOT_FINITE) {
+    fail(c, "expected finite logits; are the model's weights whole?");
+    return false;
+  }
+  const bool ended = token == bundle_.end_id;
+  const bool writes = !ended || c.written == 0;
+  if (writes) {
+    c.write_token(ended ? ENDED_AT_ONCE : token);
+    c.fresh = false;
+    graphs_->pushed[index] = c.token(c.written - 1);
+  }
+  if (ended || static_cast<double>(c.written) >= c.most) c.state = KT_DONE;
+  return writes;
+}
+
+uint32_t Model::read(uint32_t index, uint32_t layout, float* buffer, uint32_t frames) {
+  Character& c = characters_[index];
+  const uint32_t count = std::min(frames, c.unread());
+  for (uint32_t i = 0; i < count; ++i) {
+    const float* frame = c.frame(0);
+    c.walk.step(frame, bundle_);
+    if (layout == KT_LAYOUT_FEATURES) {
+      std::copy_n(frame, bundle_.features, buffer);
+      buffer += bundle_.features;
+    } else {
+      write_pose(frame, c.walk, bundle_, layout, buffer);
+      buffer += pose_floats(bundle_);
+    }
+    c.drop_frame();
+  }
+  return count;
+}
+
+uint32_t Model::fork(uint32_t index, uint64_t seed, uint32_t request) {
+  take_back();
+  Character& c = characters_[index];
+  if (c.state != KT_RUNNING) throw Error(KT_ERROR_STATE, "expected a running character to fork: step until its state is KT_RUNNING");
+  const kt_character_options options{sizeof options, KT_ABI_VERSION, seed, request, c.top_k, c.temperature, c.top_p, c.guidance, c.seconds};
+  const uint32_t place = create(options);
+  Character& twin = characters_[place];
+  twin.state = KT_RUNNING;
+  twin.written = c.written, twin.least = c.least, twin.most = c.most;
+  twin.plan = c.plan, twin.cached = c.cached, twin.fresh = c.fresh;
+  twin.copy_past(c);
+  twin.walk = c.walk;
+  for (uint32_t i = 0; i < c.unread(); ++i) twin.walk.step(c.frame(i), bundle_);
+  graphs_->copy(index, place, std::max(c.plan.rows, empty_rows_) + c.cached);
+  return place;
+}
+
+}  // namespace kinetok

@@ -1,0 +1,137 @@
+#include "ort.hpp"
+
+#include <algorithm>
+#include <filesystem>
+#include <memory>
+
+#include "error.hpp"
+#include "platform.hpp"
+
+#if defined(KINETOK_LINKED_ONNXRUNTIME)
+extern "C" const kinetok::ort::abi::Base* OrtGetApiBase();
+#endif
+
+namespace kinetok::ort {
+
+thread_local int inside = 0;
+
+namespace {
+
+struct Inside {
+  Inside() { ++inside; }
+  ~Inside() { --inside; }
+};
+
+const abi::Base* base_of(const std::string& library) {
+  using Get = const abi::Base*(KT_ORT_CALL*)();
+  const std::string named = library.empty() ? platform::environment("KINETOK_ONNXRUNTIME") : library;
+#if defined(KINETOK_LINKED_ONNXRUNTIME)
+  if (named.empty()) return OrtGetApiBase();
+#endif
+  std::string why;
+  const auto from = [&](const std::string& path) {
+    auto get = reinterpret_cast<Get>(platform::symbol(path, "OrtGetApiBase", why));
+    return get ? get() : nullptr;
+  };
+  if (!named.empty()) {
+    if (const abi::Base* base = from(named)) return base;
+    throw Error(KT_ERROR_RUNTIME, "cannot load ONNX Runtime from %.100s: %.150s", named.c_str(), why.c_str());
+  }
+  for (const char* name : platform::ONNXRUNTIME_NAMES)
+    if (const abi::Base* base = from(name)) return base;
+  throw Error(KT_ERROR_RUNTIME,
+              "ONNX Runtime is not on the system's search path: name its library in kt_model_options.onnxruntime or in "
+              "KINETOK_ONNXRUNTIME (the Python package onnxruntime carries one)");
+}
+
+}  // namespace
+
+Runtime::Runtime(const std::string& library) {
+  const Inside scope;
+  const abi::Base* base = base_of(library);
+  version = base->version();
+  const void* const* table = base->get_api(abi::API_VERSION);
+  if (!table)
+    throw Error(KT_ERROR_RUNTIME, "ONNX Runtime %.20s is too old: expected 1.%u or later", version.c_str(), abi::API_VERSION);
+#define KT_ORT_TAKE(name, place, theirs, result, arguments) \
+  api.name = reinterpret_cast<decltype(api.name)>(const_cast<void*>(table[place]));
+  KT_ORT_FUNCTIONS(KT_ORT_TAKE)
+#undef KT_ORT_TAKE
+  check(api.create_env(abi::LOG_ERROR, "kinetok", &env), "starting");
+  check(api.create_cpu_memory(abi::ARENA_ALLOCATOR, abi::DEFAULT_MEMORY, &memory), "starting");
+}
+
+Runtime::~Runtime() {
+  if (memory) api.release_memory(memory);
+  if (env) api.release_env(env);
+}
+
+void Runtime::check(abi::Status* status, const char* doing) const {
+  if (!status) return;
+  char text[256];
+  std::snprintf(text, sizeof text, "%s", api.error_message(status));
+  api.release_status(status);
+  std::replace(text, text + sizeof text, '\n', ' ');
+  throw Error(KT_ERROR_RUNTIME, "ONNX Runtime %.20s, %.100s: %s", version.c_str(), doing, text);
+}
+
+Session::Session(const Runtime& owner, const std::string& path, const std::string& provider, int threads) : runtime(owner) {
+  const Inside scope;
+  abi::SessionOptions* options = nullptr;
+  runtime.check(runtime.api.create_options(&options), "starting");
+  const std::unique_ptr<abi::SessionOptions, void(KT_ORT_CALL*)(abi::SessionOptions*)> held(options,
+                                                                                          runtime.api.release_options);
+  runtime.check(runtime.api.set_log_level(options, abi::LOG_ERROR), "starting");
+  runtime.check(runtime.api.set_intra_threads(options, threads), "starting");
+  runtime.check(runtime.api.set_inter_threads(options, 1), "starting");
+  if (provider != "cpu")
+    runtime.check(runtime.api.append_provider(options, provider.c_str(), nullptr, nullptr, 0), "choosing the provider");
+  // native() is what the operating system calls a path: wide characters on Windows.
+  const std::filesystem::path file = std::filesystem::u8path(path);
+  runtime.check(runtime.api.create_session(runtime.env, file.c_str(), options, &handle), path.c_str());
+}
+
+Session::~Session() {
+  if (handle) runtime.api.release_session(handle);
+}
+
+Value::Value(const Runtime& runtime, const Tensor& t) : runtime_(&runtime) {
+  const Inside scope;
+  runtime.check(runtime.api.create_tensor(runtime.memory, t.data, t.bytes, t.shape.data(), t.axes, t.element, &handle),
+                "binding a tensor");
+}
+
+Value::~Value() {
+  if (handle) runtime_->api.release_value(handle);
+}
+
+void Call::input(const char* name, const Value& value) {
+  in_names_.push_back(name);
+  in_.push_back(value.handle);
+}
+
+void Call::output(const char* name, const Value& value) {
+  out_names_.push_back(name);
+  out_.push_back(value.handle);
+}
+
+void Call::reserve_input(const char* name) {
+  in_names_.push_back(name);
+  in_.push_back(nullptr);
+}
+
+void Call::reserve_output(const char* name) {
+  out_names_.push_back(name);
+  out_.push_back(nullptr);
+}
+
+void Call::run(const char* doing) {
+  const Inside scope;
+  const Runtime& runtime = session_->runtime;
+  // Outputs that are given are written in place; Run leaves the pointers as they are.
+  runtime.check(runtime.api.run(session_->handle, nullptr, in_names_.data(), in_.data(), in_.size(), out_names_.data(),
+                                out_names_.size(), out_.data()),
+                doing);
+}
+
+}  // namespace kinetok::ort

@@ -1,0 +1,42 @@
+// Philox, Gumbel noise and the drawing of a token, to the bit as docs/numerics.md defines them.
+//
+// This file and its .cpp are compiled without fused multiply-adds: every operation rounds once.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace kinetok::sampling {
+
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);
+float log_fp32(float x);       // of positive normal numbers
+int64_t exp2_weight(float x);  // floor(2^x * 2^24)
+float gumbel(uint64_t seed, uint64_t position, uint32_t request, uint32_t token);
+
+struct Draw {  // the name of a draw, and how it is drawn
+  uint64_t seed = 0, position = 0;
+  uint32_t request = 0, top_k = 0;
+  double temperature = 1, top_p = 1;
+};
+
+inline constexpr int32_t NOT_FINITE = -1;
+
+class Sampler {
+ public:
+  explicit Sampler(size_t classes) : scores_(classes), order_(classes), weights_(classes), picked_(classes) {}
+  // scores[i] = empty + (logits - empty) * guidance; empty nullptr: the logits.
+  void mix(const float* logits, const float* empty, double guidance);
+  void ban(uint32_t token);
+  // The token, or NOT_FINITE where the largest score is no finite number. Spoils the scores.
+  int32_t draw(const Draw& how);
+
+ private:
+  int32_t greedy() const;
+  void cut(const Draw& how);  // -inf for what top-k and top-p leave out
+  std::vector<float> scores_, order_;
+  std::vector<uint32_t> weights_, picked_;
+};
+
+}  // namespace kinetok::sampling
