@@ -8,7 +8,9 @@ from kinetok.model.config import DecoderConfig
 from kinetok.model.decode_step import FusedDecoderStep
 from kinetok.model.decoder import MotionDecoder
 from kinetok.runtime import SamplingParams
+from kinetok.runtime.backends.torch import TorchBackend
 from kinetok.runtime.generate import ENDED_AT_ONCE, sample_tokens
+from kinetok.runtime.scheduler import Job, Scheduler
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["own head", "tied head"])
@@ -73,15 +75,22 @@ def loop(decoder: MotionDecoder, features: list[torch.Tensor], draws: list[Draw]
         positions = positions + (state.status == 0)
     counts = state.position.tolist()
     assert (state.status > 0).all()
-    return [torch.stack(written)[:count, row].tolist() or ENDED_AT_ONCE for row, count in enumerate(counts)]
+    return [torch.stack(written)[:count, row].tolist() or [ENDED_AT_ONCE] for row, count in enumerate(counts)]
+
+
+def alone(
+    decoder: MotionDecoder, features: torch.Tensor, params: SamplingParams, budget: tuple[int, int], request: int = 0
+) -> list[int]:
+    least, most = budget
+    job = Job(text=features, empty=None, params=params, least=least, most=most, request=request, window=50, keep=9)
+    return sample_tokens(Scheduler(TorchBackend(decoder, 1, 64), decoder.config, queue=1), job)
 
 
 def test_a_greedy_batch_gives_the_tokens_of_single_clips(decoder: MotionDecoder) -> None:
     draws = [Draw(most=most, temperature=0) for most in (20, 5, 20)]
     params = SamplingParams(temperature=0, top_k=0, top_p=1.0, guidance=1.0)
     wanted = [
-        sample_tokens(decoder, features, params, budget=(0, draw.most))
-        for features, draw in zip(prompts(), draws, strict=True)
+        alone(decoder, features, params, budget=(0, draw.most)) for features, draw in zip(prompts(), draws, strict=True)
     ]
     assert loop(decoder, prompts(), draws, greedy=True) == wanted
 
@@ -91,6 +100,6 @@ def test_a_sampled_batch_gives_the_tokens_of_single_clips(decoder: MotionDecoder
     draws, wanted = [], []
     for request, (features, (temperature, top_k, top_p)) in enumerate(zip(prompts(), chosen, strict=True)):
         params = SamplingParams(seed=5, temperature=temperature, top_k=top_k, top_p=top_p, guidance=1.0)
-        wanted.append(sample_tokens(decoder, features, params, budget=(4, 12), request=request))
+        wanted.append(alone(decoder, features, params, budget=(4, 12), request=request))
         draws.append(Draw(seed=5, request=request, least=4, most=12, temperature=temperature, top_k=top_k, top_p=top_p))
     assert loop(decoder, prompts(), draws, greedy=False) == wanted

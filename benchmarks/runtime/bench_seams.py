@@ -1,0 +1,162 @@
+"""Does a stream jump where its window slides, or where the prompt changes? ``python benchmarks/runtime/bench_seams.py``.
+
+Change of a frame: of the root's velocity (metres a second), and of the joints seen from the root (root mean square, metres).
+At a seam the largest of the four changes that follow counts; it is given as a multiple of the clip's median change, and beside
+it the same multiple for windows of four changes anywhere in the clip: their 95th percentile.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import kinetok
+from kinetok.files import whole_file
+from kinetok.motion.skeleton import FPS
+
+FOLLOWING = 4
+LONG = ["a person walks forward", "a person runs", "a person dances", "a person waves"]
+CHANGES = [
+    ("a person walks forward", "a person runs"),
+    ("a person runs", "a person walks forward"),
+    ("a person walks forward", "a person jumps"),
+    ("a person runs", "a person stands still"),
+    ("a person stands still", "a person runs"),
+]
+
+
+def changes(features: np.ndarray) -> dict[str, np.ndarray]:
+    """Frame-to-frame changes ``[T - 1]`` of features ``[T, 272]``."""
+    return {
+        "root_velocity": FPS * np.linalg.norm(np.diff(features[:, :2], axis=0), axis=1),
+        "pose": np.sqrt(np.square(np.diff(features[:, 8:74], axis=0)).mean(1) * 3),
+    }
+
+
+def at_seams(series: np.ndarray, seams: list[int]) -> dict[str, Any]:
+    """Multiples of the median change; a seam is the number of frames before it."""
+    median = float(np.median(series))
+    largest = np.lib.stride_tricks.sliding_window_view(series, FOLLOWING).max(1)
+    anywhere = float(np.percentile(largest, 95)) / median if median else math.nan
+    values = [float(series[seam - 1 : seam - 1 + FOLLOWING].max()) for seam in seams]
+    return {
+        "median_change": median,
+        "seams_over_median": [round(value / median, 2) if median else None for value in values],
+        "anywhere_95th_percentile_over_median": round(anywhere, 2),
+    }
+
+
+def long_stream(
+    engine: kinetok.Engine, prompt: str, seconds: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Features, root path, and the frames before each slide."""
+    stream = engine.stream(prompt, seconds=seconds, seed=seed)
+    backend, written, seams = stream._crowd.scheduler.backend, [0], []
+    prefill = backend.prefill
+
+    def noticed(slot: int, text: torch.Tensor, tokens: Any = ()) -> torch.Tensor:
+        if len(tokens):
+            seams.append(written[0])
+        return prefill(slot, text, tokens)
+
+    backend.prefill = noticed  # type: ignore[method-assign]
+    blocks = []
+    for block in stream:
+        blocks.append(block)
+        written[0] += len(block)
+    features, root = (np.concatenate([getattr(b, name) for b in blocks]) for name in ("features", "root"))
+    return features, root, sorted(set(seams))
+
+
+def figure(path: Path, prompt: str, features: np.ndarray, seams: list[int]) -> None:
+    """Root speed and pose change over time, with the slides as lines."""
+    series = {
+        "speed of the root, m/s": FPS * np.linalg.norm(features[1:, :2], axis=1),
+        "change of the pose from frame to frame, mm": 1e3 * changes(features)["pose"],
+    }
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 330" font-family="sans-serif" font-size="13">',
+        '<rect width="900" height="330" fill="white"/>',
+        f'<text x="50" y="20">"{prompt}", {len(features) / FPS:.0f} s; dashed: where the window slides</text>',
+    ]
+    for row, (title, values) in enumerate(series.items()):
+        bottom, top = 165 + 145 * row, float(values.max())
+        points = " ".join(f"{50 + 830 * i / len(values):.1f},{bottom - 95 * v / top:.1f}" for i, v in enumerate(values))
+        parts += [
+            f'<text x="50" y="{bottom - 103}">{title}</text>',
+            f'<text x="44" y="{bottom}" text-anchor="end">0</text>',
+            f'<text x="44" y="{bottom - 88}" text-anchor="end">{top:.1f}</text>',
+            *(
+                f'<path d="M{50 + 830 * s / len(values):.1f} {bottom - 97}V{bottom}" stroke="#c33" stroke-dasharray="4 3"/>'
+                for s in seams
+            ),
+            f'<polyline fill="none" stroke="#226" stroke-width="0.8" points="{points}"/>',
+            f'<path d="M50 {bottom}H880" stroke="#888"/>',
+        ]
+    parts += [
+        f'<text x="{50 + 830 * s * FPS / len(features):.0f}" y="326" text-anchor="middle">{s} s</text>'
+        for s in range(0, int(len(features) / FPS) + 1, 10)
+    ]
+    path.write_text("\n".join([*parts, "</svg>"]) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--svg", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    engine = kinetok.load(options.model, "cpu")
+    report: dict[str, Any] = {
+        "seconds": options.seconds,
+        "following_changes": FOLLOWING,
+        "slides": {},
+        "new_prompts": {},
+    }
+    for prompt in LONG:
+        features, root, seams = long_stream(engine, prompt, options.seconds, seed=0)
+        thirds = np.array_split(np.linalg.norm(np.diff(root[:, [0, 2]], axis=0), axis=1), 3)
+        report["slides"][prompt] = {
+            "at_s": [round(seam / FPS, 2) for seam in seams],
+            "path_m_in_thirds": [round(float(third.sum()), 2) for third in thirds],
+            **{name: at_seams(series, seams) for name, series in changes(features).items()},
+        }
+        print(prompt, json.dumps(report["slides"][prompt]), flush=True)
+        if options.svg and prompt == LONG[0]:
+            figure(options.svg, prompt, features, seams)
+    for old, new in CHANGES:
+        rows = []
+        for seed in range(options.seeds):
+            with engine.stream(old, seconds=math.inf, seed=seed) as stream:
+                before = [next(stream) for _ in range(30)]
+                stream.redirect(new)
+                after = [next(stream) for _ in range(30)]
+            features = np.concatenate([block.features for block in before + after])
+            frames = sum(map(len, before))
+            speeds = FPS * np.linalg.norm(features[:, :2], axis=1)
+            rows.append(
+                {
+                    "seed": seed,
+                    "mean_speed_before_and_in_the_last_second": [
+                        round(float(speeds[:frames].mean()), 2),
+                        round(float(speeds[-30:].mean()), 2),
+                    ],
+                    **{name: at_seams(series, [frames]) for name, series in changes(features).items()},
+                }
+            )
+        report["new_prompts"][f"{old} -> {new}"] = rows
+        print(old, "->", new, json.dumps(rows), flush=True)
+    if options.json:
+        with whole_file(options.json) as path:
+            path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
