@@ -17,6 +17,7 @@ from kinetok.errors import UserError, missing_package
 from kinetok.files import whole_directory, whole_file
 from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.model.decoder import MotionDecoder
+from kinetok.model.packed import Quantisation, hollow
 from kinetok.model.released import check_keys
 from kinetok.model.tensor_files import Pieces, parse_json, read_safetensors, shard, write_safetensors
 from kinetok.model.tokenizer import MotionTokenizer
@@ -55,6 +56,7 @@ class ModelBundle:
     licence: str
     bank: Path | None
     directory: Path
+    quantisation: Quantisation | None = None
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -148,6 +150,7 @@ def write_directory(
     provenance: Mapping[str, Any],
     licence: str,
     bank: str | Path | None = None,
+    quantisation: Quantisation | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
@@ -175,6 +178,8 @@ def write_directory(
         "licence": licence,
         "files": {**files, **({"bank": [BANK]} if bank is not None else {})},
     }
+    if quantisation is not None:
+        manifest["quantisation"] = quantisation.to_json()
     try:
         text = json.dumps(manifest, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -206,12 +211,14 @@ def save_pretrained(
     provenance: Mapping[str, Any] | None = None,
     licence: str = "unknown",
     bank: str | Path | None = None,
+    quantisation: Quantisation | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a model directory that ``load_pretrained`` reads back bit by bit, in the dtypes of the modules.
 
-    mean, std ``[272]``, skeleton_offsets ``[22, 3]`` in metres, bank the path of a prompt bank to carry along. An
-    existing model directory is replaced. Raises ``UserError`` for bad statistics, an unwritable folder or a full disk.
+    mean, std ``[272]``, skeleton_offsets ``[22, 3]`` in metres, bank the path of a prompt bank to carry along;
+    quantisation says how the decoder was packed (``kinetok.model.packed``), if it was. An existing model directory is
+    replaced. Raises ``UserError`` for bad statistics, an unwritable folder or a full disk.
     """
 
     def pieces(module: nn.Module) -> Iterator[Pieces]:
@@ -229,6 +236,7 @@ def save_pretrained(
         provenance=provenance or {},
         licence=licence,
         bank=bank,
+        quantisation=quantisation,
         shard_bytes=shard_bytes,
     )
 
@@ -291,8 +299,9 @@ def weight_bytes(
         if name == "tokenizer" and dtype != "stored":
             kind = torch.float32
         with torch.device("meta"):
-            module = MotionTokenizer(sizes) if isinstance(sizes, TokenizerConfig) else MotionDecoder(sizes)
-        total += kind.itemsize * sum(value.numel() for value in own_tensors(module).values())
+            module = MotionTokenizer(sizes) if isinstance(sizes, TokenizerConfig) else _decoder(sizes, manifest)
+        floats = sum(value.numel() for value in module.parameters())
+        total += kind.itemsize * floats + sum(value.nbytes for value in module.buffers())
     return total
 
 
@@ -325,7 +334,7 @@ def load_pretrained(
         tokenizer=_load(
             lambda: MotionTokenizer(tokenizer_config), tensors["tokenizer"], place, dtypes["tokenizer"], folder
         ),
-        decoder=_load(lambda: MotionDecoder(decoder_config), tensors["decoder"], place, dtypes["decoder"], folder),
+        decoder=_load(lambda: _decoder(decoder_config, manifest), tensors["decoder"], place, dtypes["decoder"], folder),
         mean=read_stats(stats["mean"].double().numpy(), "mean").copy(),
         std=read_stats(stats["std"].double().numpy(), "std").copy(),
         offsets=_read_offsets(skeleton.get("offsets")),
@@ -335,7 +344,22 @@ def load_pretrained(
         licence=str(manifest.get("licence", "unknown")),
         bank=folder / BANK if (folder / BANK).is_file() else None,
         directory=folder,
+        quantisation=_quantisation(manifest),
     )
+
+
+def _quantisation(manifest: Mapping[str, Any]) -> Quantisation | None:
+    found = manifest.get("quantisation")
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise UserError(f"expected quantisation to be an object, got {type(found).__name__}")
+    return Quantisation.from_dict(found)
+
+
+def _decoder(config: DecoderConfig, manifest: Mapping[str, Any]) -> MotionDecoder:
+    decoder, quantisation = MotionDecoder(config), _quantisation(manifest)
+    return decoder if quantisation is None else hollow(decoder, quantisation)
 
 
 def _section(manifest: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
@@ -395,6 +419,9 @@ def _load(
     with torch.device("meta"):
         wanted = {name: tuple(value.shape) for name, value in own_tensors(make()).items()}
     check_keys(tensors, wanted, frozenset(), str(folder))
+    for name, value in tensors.items():
+        if name.endswith("packed_words") and value.dtype != torch.int32:
+            raise UserError(f"{folder}: {name}: expected packed words as int32, got {value.dtype}")
     module = build(make, device, dtype)
     fill(module, (Pieces(name, (value,)) for name, value in tensors.items()))
     return module

@@ -188,7 +188,7 @@ def check_keys(
             shaped.append(f"{name} (expected a tensor, got {type(value).__name__})")
         elif tuple(value.shape) != wanted[name]:
             shaped.append(f"{name} (expected {list(wanted[name])}, got {list(value.shape)})")
-        elif not value.is_floating_point() and not name.endswith("num_batches_tracked"):
+        elif not value.is_floating_point() and not name.endswith(("num_batches_tracked", "packed_words")):
             shaped.append(f"{name} (expected floating point, got {value.dtype})")
     problems = [
         f"{title}: {_listed(names)}"

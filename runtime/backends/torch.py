@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinetok.errors import UserError
@@ -68,7 +68,7 @@ class TorchBackend:
         x = decoder.embed(tokens)
         table = decoder.rotary()[torch.tensor(at, device=self.device)][:, None]
         for layer, block in enumerate(decoder.blocks):
-            qkv = _product(block.attn_norm(x), block.qkv.weight).view(len(x), 1, 3, config.n_head, config.head_dim)
+            qkv = _product(block.attn_norm(x), block.qkv).view(len(x), 1, 3, config.n_head, config.head_dim)
             q, k = apply_rotary(qkv[:, :, :2].flatten(2, 3), table)[:, 0].unflatten(1, (2, -1)).unbind(1)
             v = qkv[:, 0, 2]
             mixed = torch.empty_like(q)
@@ -77,12 +77,12 @@ class TorchBackend:
                 keys[:, position], values[:, position] = k[row], v[row]
                 seen = (part[None, :, : position + 1] for part in (keys, values))
                 mixed[row] = attention(q[None, row, :, None], *seen)[0, :, 0]
-            x = x + _product(mixed.flatten(1), block.attn_out.weight)
-            gate, up = _product(block.mlp_norm(x), block.gate_up.weight).chunk(2, dim=-1)
-            x = x + _product(F.silu(gate) * up, block.down.weight)
+            x = x + _product(mixed.flatten(1), block.attn_out)
+            gate, up = _product(block.mlp_norm(x), block.gate_up).chunk(2, dim=-1)
+            x = x + _product(F.silu(gate) * up, block.down)
         for slot in slots:
             self.lengths[slot] += 1
-        return _product(decoder.norm(x), decoder.head.weight).float()
+        return _product(decoder.norm(x), decoder.head).float()
 
     @torch.inference_mode()
     def copy(self, source: int, target: int) -> None:
@@ -91,10 +91,12 @@ class TorchBackend:
         self.lengths[target] = length
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x [n, K]`` times the transpose of ``weight [N, K]``, one product a row: a single one for all rows would sum in an
-    order that depends on how many there are."""
+def _product(x: Tensor, layer: nn.Module) -> Tensor:
+    """``layer`` of each row of ``x [n, K]`` by itself: a single product of all rows would sum in an order that depends on
+    how many there are. Packed weights see to that themselves."""
+    if not isinstance(layer, nn.Linear):
+        return layer(x)
     if x.is_cuda:
-        return torch.bmm(x[:, None], weight.T.expand(len(x), -1, -1))[:, 0]
+        return torch.bmm(x[:, None], layer.weight.T.expand(len(x), -1, -1))[:, 0]
     # A batched product of weights that lie column by column does not keep a row's bits; products one by one do.
-    return F.linear(x, weight) if len(x) == 1 else torch.cat([F.linear(row, weight) for row in x.split(1)])
+    return layer(x) if len(x) == 1 else torch.cat([layer(row) for row in x.split(1)])

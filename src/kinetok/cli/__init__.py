@@ -8,7 +8,21 @@ from typing import Any
 
 import typer
 
-from kinetok.cli import aot, bench, convert, data, doctor, embed, evaluate, export, generate, importing, training, view
+from kinetok.cli import (
+    aot,
+    bench,
+    convert,
+    data,
+    doctor,
+    embed,
+    evaluate,
+    export,
+    generate,
+    importing,
+    quantize,
+    training,
+    view,
+)
 from kinetok.cli.common import fail
 from kinetok.errors import UserError
 
@@ -21,7 +35,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (generate, view, convert, embed, importing, data, training, evaluate, export, doctor, aot, bench):
+for module in (
+    generate,
+    view,
+    convert,
+    embed,
+    importing,
+    data,
+    training,
+    evaluate,
+    export,
+    doctor,
+    aot,
+    bench,
+    quantize,
+):
     module.register(app)
 
 # typer carries click inside from some version on, so its base class of usage errors is reached through typer's own.
