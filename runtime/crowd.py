@@ -68,9 +68,7 @@ class Crowd:
         slots = 2 * characters
         self.model = model
         try:
-            self.scheduler = Scheduler(
-                open_backend(backend, model, slots, positions), model.decoder.config, max(queue, slots)
-            )
+            self.scheduler = Scheduler(open_backend(backend, model, slots, positions), model.decoder.config, queue)
             self.detokenizer = StreamingDetokenizer(model.tokenizer, slots)
         except (MemoryError, RuntimeError) as error:  # torch reports a full memory as either
             raise UserError(f"no memory for {characters} characters of {positions} positions: ask for fewer") from error
@@ -88,7 +86,10 @@ class Crowd:
             unread = sum(figure.character.over for figure in self._figures.values())
             if unread >= self._queue:
                 raise UserError(f"{unread} characters are over and unread: poll or cancel some of them first")
-            return self._add(_Figure(self.scheduler.submit(job), text))
+            self._detokenize()  # what an exception left undone, before its place goes to somebody else
+            figure = _Figure(self.scheduler.submit(job), text)
+            self.scheduler.admit()
+            return self._add(figure)
 
     def _add(self, figure: _Figure) -> int:
         handle, self._next = self._next, self._next + 1
@@ -103,7 +104,7 @@ class Crowd:
     def step(self) -> int:
         """One token for everyone who runs and is read; returns how many characters got one or ended (0: nothing to do)."""
         with self._lock:
-            self._detokenize()  # what an exception left undone, before its place can go to somebody else
+            self._detokenize()  # as in submit
             moved = self.scheduler.step()
             self._detokenize()
             return len(moved)

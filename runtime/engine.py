@@ -269,5 +269,6 @@ class Engine:
             "codebook": config.codebook,
             "text_encoder": model.text_encoder.get("name"),
             "banked_prompts": len(self.text.bank.prompts) if self.text.bank is not None else 0,
+            "backend": self.backend,
             "attention": "torch scaled_dot_product_attention",
         }

@@ -48,6 +48,12 @@ def _torch(model: ModelBundle, slots: int, capacity: int) -> Backend:
     return TorchBackend(model.decoder, slots, capacity)
 
 
+def _fused(model: ModelBundle, slots: int, capacity: int) -> Backend:
+    from kinetok.runtime.backends.fused import FusedBackend
+
+    return FusedBackend(model.decoder, slots, capacity)
+
+
 def _onnx(model: ModelBundle, slots: int, capacity: int, folder: str) -> Backend:
     from kinetok.runtime.backends.onnx import OnnxBackend
     from kinetok.runtime.bundle import read_bundle
@@ -61,15 +67,15 @@ def _onnx(model: ModelBundle, slots: int, capacity: int, folder: str) -> Backend
     return OnnxBackend(bundle, slots, capacity, model.decoder.embed.weight.device)
 
 
-BACKENDS: dict[str, Callable[..., Any]] = {"torch": _torch, "onnx": _onnx}
+BACKENDS: dict[str, Callable[..., Any]] = {"torch": _torch, "fused": _fused, "onnx": _onnx}
 
 
 def open_backend(name: str, model: ModelBundle, slots: int, capacity: int) -> Backend:
-    """The backend of that name for ``model``: "torch", or "onnx:DIR" with a bundle of the same model.
+    """The backend of that name for ``model``: "torch", "fused", or "onnx:DIR" with a bundle of the same model.
 
     Raises ``UserError`` for an unknown name, or where it cannot run.
     """
     kind, _, folder = name.partition(":")
-    if kind not in BACKENDS or (folder and kind == "torch"):
-        raise UserError(f"backend: expected one of torch, onnx:DIR, got {name!r}")
-    return BACKENDS[kind](model, slots, capacity, *([folder] if kind != "torch" else []))
+    if kind not in BACKENDS or (folder and kind != "onnx"):
+        raise UserError(f"backend: expected one of torch, fused, onnx:DIR, got {name!r}")
+    return BACKENDS[kind](model, slots, capacity, *([folder] if kind == "onnx" else []))

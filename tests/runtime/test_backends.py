@@ -1,5 +1,7 @@
 """What every backend promises: the decoder's logits, rows that do not know of each other, slots that start anew."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
 from kinetok.runtime.backends import open_backend
+from kinetok.runtime.backends.fused import FusedBackend
 from kinetok.runtime.backends.torch import TorchBackend
 
 
@@ -15,6 +18,11 @@ def decoder() -> MotionDecoder:
     torch.manual_seed(3)
     config = DecoderConfig(n_layer=2, n_head=2, n_embd=192, codebook=4000, text_dim=8, block_size=64)
     return MotionDecoder(config).eval()
+
+
+@pytest.fixture(params=[TorchBackend, FusedBackend], ids=["torch", "fused"])
+def kind(request: pytest.FixtureRequest) -> type:
+    return request.param
 
 
 def features(length: int) -> torch.Tensor:
@@ -29,8 +37,8 @@ def whole(decoder: MotionDecoder, text: torch.Tensor, tokens: list[int]) -> torc
 
 
 @pytest.mark.parametrize("given", [0, 1, 7])
-def test_logits_are_those_of_the_whole_sequence(decoder, given: int) -> None:
-    backend = TorchBackend(decoder, 3, 40)
+def test_logits_are_those_of_the_whole_sequence(decoder, kind, given: int) -> None:
+    backend = kind(decoder, 3, 40)
     text, tokens = features(5), [7, 0, 3999, 12, 12, 90, 4]
     logits = backend.prefill(1, text, tokens[:given])
     torch.testing.assert_close(logits, whole(decoder, text, tokens[:given]), atol=2e-5, rtol=1e-5)
@@ -40,8 +48,8 @@ def test_logits_are_those_of_the_whole_sequence(decoder, given: int) -> None:
 
 
 @pytest.mark.parametrize("crowd", [2, 3, 5, 8, 17])
-def test_a_rows_bits_do_not_depend_on_the_others(decoder, crowd: int) -> None:
-    alone, among = TorchBackend(decoder, 1, 40), TorchBackend(decoder, crowd, 40)
+def test_a_rows_bits_do_not_depend_on_the_others(decoder, kind, crowd: int) -> None:
+    alone, among = kind(decoder, 1, 40), kind(decoder, crowd, 40)
     own = crowd // 2
     expected = [alone.prefill(0, features(5))]
     for slot in range(crowd):
@@ -57,8 +65,8 @@ def test_a_rows_bits_do_not_depend_on_the_others(decoder, crowd: int) -> None:
         assert torch.equal(logits, alone.decode([0], tokens[own : own + 1])[0])
 
 
-def test_a_slot_that_starts_anew_sees_nothing_of_its_past(decoder) -> None:
-    backend, fresh = TorchBackend(decoder, 1, 40), TorchBackend(decoder, 1, 40)
+def test_a_slot_that_starts_anew_sees_nothing_of_its_past(decoder, kind) -> None:
+    backend, fresh = kind(decoder, 1, 40), kind(decoder, 1, 40)
     backend.prefill(0, torch.full((30, 8), torch.nan))
     assert backend.slab.isnan().any()
     for step in range(3):
@@ -69,21 +77,21 @@ def test_a_slot_that_starts_anew_sees_nothing_of_its_past(decoder) -> None:
         assert torch.equal(*logits)
 
 
-def test_a_copy_goes_its_own_way(decoder) -> None:
-    backend = TorchBackend(decoder, 3, 40)
+def test_a_copy_goes_its_own_way(decoder, kind) -> None:
+    backend = kind(decoder, 3, 40)
     backend.prefill(0, features(6), [1, 2])
     backend.copy(0, 2)
     first = backend.decode([0, 2], torch.tensor([3, 3]))
     assert torch.equal(first[0], first[1])
     backend.decode([2], torch.tensor([9]))
-    same = TorchBackend(decoder, 1, 40)
+    same = kind(decoder, 1, 40)
     same.prefill(0, features(6), [1, 2])
     same.decode([0], torch.tensor([3]))
     assert torch.equal(backend.decode([0], torch.tensor([4])), same.decode([0], torch.tensor([4])))
 
 
-def test_full_slots_and_bad_sizes_are_refused_and_nothing_changes(decoder) -> None:
-    backend = TorchBackend(decoder, 2, 8)
+def test_full_slots_and_bad_sizes_are_refused_and_nothing_changes(decoder, kind) -> None:
+    backend = kind(decoder, 2, 8)
     backend.prefill(0, features(3))
     backend.prefill(1, features(7))
     backend.decode([1], torch.tensor([1]))
@@ -95,6 +103,8 @@ def test_full_slots_and_bad_sizes_are_refused_and_nothing_changes(decoder) -> No
             backend.prefill(0, text, tokens)
     for slots, capacity in ((0, 8), (1, 0), (1, 65)):
         with pytest.raises(UserError, match="positions"):
-            TorchBackend(decoder, slots, capacity)
+            kind(decoder, slots, capacity)
+    with pytest.raises(UserError, match="plain weights"):
+        FusedBackend(copy.deepcopy(decoder).double(), 1, 8)
     with pytest.raises(UserError, match="torch"):
         open_backend("abacus", None, 1, 1)

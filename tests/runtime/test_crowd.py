@@ -85,6 +85,17 @@ def test_clips_that_nobody_reads_fill_the_place_of_new_ones(soak) -> None:
     assert read(engine, engine.submit("walk", seconds=0.1))[1] == "done"
 
 
+def test_a_full_queue_refuses_and_takes_again(soak) -> None:
+    engine = soak.small_engine(characters=1, queue=2)
+    handles = [engine.submit("walk", seconds=0.2, guidance=2.0, request=i) for i in range(3)]  # one runs, two wait
+    with pytest.raises(UserError, match="queue is full: 2"):
+        engine.submit("sit")
+    assert [engine._start().waiting(handle) for handle in handles] == ["running", "queued", "queued"]
+    engine.cancel(handles[1])
+    handles[1] = engine.submit("sit", seconds=0.2)
+    assert [read(engine, handle)[1] for handle in handles] == ["done"] * 3
+
+
 def test_those_who_are_gone_are_named(soak) -> None:
     engine = soak.small_engine()
     done, gone = engine.submit("walk", seconds=0.1), engine.submit("walk")
