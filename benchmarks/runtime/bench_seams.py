@@ -41,12 +41,13 @@ def at_seams(series: np.ndarray, seams: list[int]) -> dict[str, Any]:
     """Multiples of the median change; a seam is the number of frames before it."""
     median = float(np.median(series))
     largest = np.lib.stride_tricks.sliding_window_view(series, FOLLOWING).max(1)
-    anywhere = float(np.percentile(largest, 95)) / median if median else math.nan
+    anywhere = float(np.percentile(largest, 95))
     values = [float(series[seam - 1 : seam - 1 + FOLLOWING].max()) for seam in seams]
     return {
         "median_change": median,
         "seams_over_median": [round(value / median, 2) if median else None for value in values],
-        "anywhere_95th_percentile_over_median": round(anywhere, 2),
+        # None: the model stands frozen, and there is nothing to compare with.
+        "anywhere_95th_percentile_over_median": round(anywhere / median, 2) if median else None,
     }
 
 
