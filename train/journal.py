@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,7 +51,6 @@ class Journal:
         self.run = run
         self.console = Console()
         self.shown: dict[str, str] = {}
-        self.last = time.perf_counter(), step
         with _writing(run):
             cut_log(run / LOG, step)
             self.lines = stack.enter_context((run / LOG).open("a", encoding="utf-8"))
@@ -89,10 +87,8 @@ class Journal:
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if kind == "validate":
             self.say(f"step {step}: {text}")
-        now, (then, before) = time.perf_counter(), self.last
-        if kind == "train" and step > before:
-            self.shown |= {"at": text, "seconds a step": f"{(now - then) / (step - before):.3f}"}
-            self.last = now, step
+        else:
+            self.shown["logged"] = text
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -226,6 +226,7 @@ def _train(
         del state, found
 
     began, began_cpu = time.perf_counter() - spent, time.process_time() - spent_cpu
+    logged = step, spent
     journal = Journal(run, config.steps, step, stack) if processes.rank == 0 else Silent()
     for note in notes:
         journal.say(note)
@@ -252,6 +253,8 @@ def _train(
         if step % config.log_every == 0:
             values = processes.mean({**losses, "grad_norm": norm})
             values["seconds"], values["cpu_seconds"] = time.perf_counter() - began, time.process_time() - began_cpu
+            values["seconds_per_step"] = (values["seconds"] - logged[1]) / (step - logged[0])
+            logged = step, values["seconds"]
             journal.write("train", step, {**values, "lr": rate})
         validates = step % config.validate_every == 0 or step == config.steps
         samples = sample is not None and sample_every and step % sample_every == 0

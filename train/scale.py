@@ -104,14 +104,19 @@ class PackedTask:
 
     def _passes(self, draw: Draw) -> int:
         """How many passes a step takes, the same in every process, as all gather weights together."""
-        text = np.minimum(self.data.text_lengths[draw.captions], self.recipe.max_text)
-        positions = text + draw.count + 1
+        positions = self._positions(draw)
         world = self.processes.world
         most = max(int(positions[rank::world].sum()) for rank in range(world))
         return max(1, min(-(-most // self.engine.pass_positions), self.recipe.batch // world))
 
     def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
-        return self.passes(self.draw(rng))
+        draw = self.draw(rng)
+        losses = self.passes(draw)
+        return {**losses, "tokens": torch.tensor(float(self._positions(draw).sum()), device=self.processes.device)}
+
+    def _positions(self, draw: Draw) -> NDArray[np.int64]:
+        """Text, tokens and end of each clip of a step."""
+        return np.minimum(self.data.text_lengths[draw.captions], self.recipe.max_text) + draw.count + 1
 
     def passes(self, draw: Draw, told: Callable[[str], None] = lambda part: None) -> Mapping[str, Tensor]:
         """The loss of a step; all passes but the last have gone backward. told hears when a part of the work is done."""

@@ -300,7 +300,9 @@ def test_the_command_line(store: Path, tmp_path: Path) -> None:
     assert "not measured" in said("--recipe", "motionmillion-3b", "--dry-run")
     small = said("--recipe", "motionmillion-44m", "--dry-run", "--data", str(store / "store"))
     assert "at most" not in small
-    assert "expected a clip store" in said("--recipe", "motionmillion-44m", "--out", str(tmp_path / "run"))
+    run = ("--recipe", "motionmillion-44m", "--out", str(tmp_path / "run"), "--data", str(tmp_path))
+    assert "expected a clip store" in said(*run, "--tokenizer", str(store / "tokenizer.pt"))
+    assert "run kinetok train tokenizer first" in said(*run, "--tokenizer", str(tmp_path / "none.pt"))
     assert "mini or one of" in said("--recipe", "motionmillion-8b", "--dry-run")
     assert "--dry-run goes with" in said("--recipe", "mini", "--dry-run")
     assert not (tmp_path / "run").exists()
