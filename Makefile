@@ -6,10 +6,10 @@ STAMP := $(VENV)/.kinetok-stamp
 OUT ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench train clean
+.PHONY: help setup demo cpp-demo test lint bench train clean
 
 help: ## list these words
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## create .venv and install the pinned packages
 
@@ -28,6 +28,16 @@ $(STAMP): setup.py constraints.txt
 
 demo: $(STAMP) ## three sentences to BVH, GLB, NPZ and PNG in out/
 	$(BIN)/kinetok generate "a person walks forward" "a person runs" "a person waves" --format bvh,glb,npz,png -o $(OUT)
+
+# ONNX Runtime's library is the one inside the Python package; a game names its own.
+cpp-demo: $(STAMP) ## a crowd in C++: builds runtime/cpp, exports a bundle, writes out/npc/*.bvh, prints frame times
+	@command -v cmake >/dev/null && command -v $${CXX:-c++} >/dev/null || { \
+	  echo "cpp-demo needs CMake 3.16 and a C++17 compiler. Debian and Ubuntu: apt install cmake g++" >&2; exit 1; }
+	cmake -S runtime/cpp -B build/cpp -DKINETOK_EXAMPLES=ON
+	cmake --build build/cpp --parallel 2
+	test -f build/bundle/kinetok_bundle.json || $(BIN)/kinetok export onnx --no-text --out build/bundle
+	KINETOK_ONNXRUNTIME="$$(ls $(VENV)/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*)" \
+	  build/cpp/examples/npc_crowd/npc_crowd build/bundle $(OUT)/npc
 
 # One thread a worker: two workers of several threads each are many times slower on two cores.
 test: $(STAMP) ## every test

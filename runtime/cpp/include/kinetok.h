@@ -2,8 +2,8 @@
  *
  * Threads. A model and its characters belong to one thread at a time: the one that opened the model, or the last one that
  * called kt_model_adopt. Calls from another thread return KT_ERROR_THREAD. Different models are independent. kt_version,
- * kt_status_name and kt_last_error may be called from anywhere. A model has one worker thread of its own, which encodes
- * sentences and prefills; it never calls the host, except its allocator's release in kt_model_close on the caller's thread.
+ * kt_status_name and kt_last_error may be called from anywhere. A model has one worker thread of its own, which
+ * computes; it never calls the host, except its allocator's release in kt_model_close on the caller's thread.
  *
  * Errors. Every function returns a kt_status; nothing else crosses this border, no exception and no abort. A handle that was
  * freed, or never was one, gives KT_ERROR_HANDLE. Failed calls change nothing and leave their outputs as they were.
@@ -64,7 +64,8 @@ typedef uint64_t kt_character;
 enum {
   KT_OPEN_NO_TEXT = 1,   /* leave the text encoder out: banked prompts and features only */
   KT_OPEN_NO_HASHES = 2, /* do not read every file to compare its SHA-256 */
-  KT_OPEN_NO_GUIDANCE = 4 /* half the memory and work; every character's guidance is then 1 */
+  KT_OPEN_NO_GUIDANCE = 4, /* half the memory and work; every character's guidance is then 1 */
+  KT_OPEN_INLINE = 8       /* kt_step computes the tokens itself, within its budget; the worker only prepares prompts */
 };
 
 typedef struct kt_model_options {
@@ -128,7 +129,6 @@ typedef struct kt_step_report {
   uint32_t tokens;   /* written in this step, by all characters together */
   uint32_t ready;    /* characters with unread frames */
   uint32_t working;  /* characters that would write more: with budget, with the worker's result, or when they are read */
-  uint32_t calls;    /* of ONNX Runtime on this thread */
 } kt_step_report;
 
 /* How kt_read_frames writes a frame. The three poses are 3 + 4 * joints floats: the root's place, then for each joint its
@@ -171,8 +171,10 @@ KT_API kt_status kt_character_query(kt_character character, kt_character_info *i
 /* The first prompt starts a clip; a later one takes over from the next token, with the last second of motion, also after the
  * clip has ended; its length counts anew. Frames that lie unread stay. Returns at once; a sentence is encoded by the worker. */
 KT_API kt_status kt_prompt(kt_character character, const kt_prompt_source *prompt) KT_NOEXCEPT;
-/* Moves the characters on, those with the fewest unread frames first, as long as a call is expected to end within
- * budget_us; at least one call where there is work, none for 0. KT_UNLIMITED: until nobody can go on, the worker awaited.
+/* Takes what the worker has finished and hands out the next tokens, for everyone who has room for their frames; it computes
+ * nothing itself and takes microseconds, whatever the budget. With KT_OPEN_INLINE it computes: the characters with the fewest
+ * unread frames first, as long as a call is expected to end within budget_us; at least one where there is work.
+ * 0: only takes. KT_UNLIMITED: until nobody can go on, the worker awaited.
  * report may be NULL. A character that fails says so in its state; the step is still KT_OK. */
 KT_API kt_status kt_step(kt_model model, uint32_t budget_us, kt_step_report *report) KT_NOEXCEPT;
 /* Up to `frames` unread frames into buffer, which holds `floats` numbers; *read is how many. */

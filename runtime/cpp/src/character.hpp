@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 
 #include "bundle.hpp"
 #include "memory.hpp"
 #include "pose.hpp"
+#include "sampling.hpp"
 
 namespace kinetok {
 
@@ -40,15 +42,31 @@ inline void set_budget(Plan& plan, const Bundle& bundle, double seconds, uint32_
   plan.keep = std::max(1u, std::min(static_cast<uint32_t>(std::nearbyint(KEPT_SECONDS * rate)), plan.window / 2));
 }
 
-// What the worker is given and gives back. It alone touches this, the character's rows and the text buffer named here, from
-// the moment it is queued until `finished`.
+enum class Task { prepare, advance };
+
+// What is to be computed for a character and what came of it. The thread that computes touches this, the character's rows of
+// the graphs and the text buffer named here, and nothing else of it; with_worker says whose turn it is.
 struct Job {
-  Plan plan;
-  int32_t* replay = nullptr;  // [positions] tokens to write behind the text
+  Task task = Task::prepare;
+  Plan plan;                  // prepare: the text, and tokens to write behind it
+  int32_t* replay = nullptr;  // [positions]
   uint32_t replayed = 0;
+  bool first = false;  // nothing of the clip was detokenized yet
+  bool feed = false;   // advance: the newest token is to be decoded before the next is drawn
+  bool ban_end = false;
+  sampling::Draw draw;
+  double guidance = 1;
+  int32_t token = 0;    // drawn
+  bool writes = false;  // it is one more token, whose frames lie in the graphs
+  bool ended = false;   // the end token came
   kt_status status = KT_OK;
   char error[128] = "";
   std::atomic<bool> finished{false}, abandoned{false};
+
+  void fail(kt_status code, const char* why) {
+    status = code;
+    std::snprintf(error, sizeof error, "%s", why);
+  }
 };
 
 struct Character {
@@ -93,7 +111,7 @@ struct Character {
   }
 
   // Handle.
-  bool taken = false, leaving = false;  // leaving: destroyed, but the worker still has it
+  bool taken = false;
   uint32_t generation = 0;
   // Draws.
   uint64_t seed = 0;
@@ -107,10 +125,10 @@ struct Character {
   Plan plan;                   // under way
   uint32_t cached = 0;         // motion tokens behind the text in the cache
   bool fresh = false;          // the logits follow from all that is written
-  bool pushed = false;         // its newest token is to be detokenized
   bool pending = false;        // another prompt waits for the worker
   Plan next;
   bool with_worker = false;
+  bool discard = false;  // cancelled or destroyed meanwhile: what the worker brings is not wanted
   Walk walk;  // of the frames that were read
   float* text[2] = {};
   int64_t* ids[2] = {};

@@ -9,7 +9,6 @@ namespace kinetok {
 namespace {
 
 constexpr double MEASURE_US = 2e5, CARRIED_SECONDS = 1;
-constexpr int32_t ENDED_AT_ONCE = 1;  // the one token of a clip whose end token comes first, as in the reference
 
 double microseconds(std::chrono::steady_clock::duration time) { return std::chrono::duration<double, std::micro>(time).count(); }
 
@@ -25,7 +24,7 @@ kt_model_options complete(kt_model_options options, const Bundle& bundle) {
   within("positions", options.positions, 2, bundle.positions);
   within("ahead_frames", options.ahead_frames, bundle.frames_per_token, 1u << 16);
   within("threads", options.threads, 1, 256);
-  if (options.flags & ~uint32_t{KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES | KT_OPEN_NO_GUIDANCE})
+  if (options.flags & ~uint32_t{KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES | KT_OPEN_NO_GUIDANCE | KT_OPEN_INLINE})
     throw Error(KT_ERROR_ARGUMENT, "flags: expected KT_OPEN_... values, got %#x", options.flags);
   if (!options.allocate != !options.release) throw Error(KT_ERROR_ARGUMENT, "expected both allocate and release, or neither");
   return options;
@@ -118,11 +117,12 @@ uint32_t Model::free_place() {
   while (true) {
     bool leaving = false;
     for (uint32_t i = 0; i < characters_.size(); ++i) {
-      if (!characters_[i].taken && !characters_[i].leaving) return i;
-      leaving |= characters_[i].leaving;
+      const Character& c = characters_[i];
+      if (!c.taken && !c.with_worker) return i;
+      leaving |= !c.taken;
     }
     if (!leaving) throw Error(KT_ERROR_FULL, "all %u characters are taken: destroy one, or open the model with more", options_.characters);
-    wait_for_worker();  // it notices within one call that it is not wanted any more
+    wait_for_worker();  // it notices within one call that this one is not wanted any more
     take_back();
   }
 }
@@ -144,7 +144,6 @@ uint32_t Model::create(const kt_character_options& o) {
   if (!c.generation) c.generation = 1;
   c.seed = o.seed, c.request = o.request, c.top_k = o.top_k;
   c.temperature = o.temperature, c.top_p = o.top_p, c.guidance = o.guidance, c.seconds = o.seconds;
-  graphs_->reset_detokenizer(index);
   return index;
 }
 
@@ -155,18 +154,14 @@ Character* Model::character(uint32_t index, uint32_t generation) {
 }
 
 void Model::destroy(uint32_t index) {
-  Character& c = characters_[index];
-  c.taken = false;
-  c.leaving = c.with_worker;
-  c.pending = false;
-  c.job.abandoned = c.with_worker;
+  cancel(index);
+  characters_[index].taken = false;
 }
 
 void Model::cancel(uint32_t index) {
   Character& c = characters_[index];
-  c.job.abandoned = c.with_worker;
   c.reset();
-  graphs_->reset_detokenizer(index);
+  c.discard = c.job.abandoned = c.with_worker;
 }
 
 void Model::prompt(uint32_t index, const kt_prompt_source& source) {
@@ -200,7 +195,7 @@ void Model::prompt(uint32_t index, const kt_prompt_source& source) {
   if (c.with_worker) {
     c.pending = true;
     c.next = plan;
-    c.job.abandoned = true;
+    c.job.abandoned = c.discard || c.job.task == Task::prepare;  // a token under way is still wanted
     return;
   }
   begin(index, plan);
@@ -213,24 +208,34 @@ void Model::begin(uint32_t index, const Plan& plan) {
   c.least = static_cast<double>(c.written) + plan.least;
   c.most = static_cast<double>(c.written) + plan.most;
   c.plan = plan;
-  hand_over(index, plan, std::min({carried, c.kept_tokens(), plan.window}));
+  prepare_later(index, plan, std::min({carried, c.kept_tokens(), plan.window}));
 }
 
-void Model::hand_over(uint32_t index, const Plan& plan, uint32_t tokens) {
+void Model::prepare_later(uint32_t index, const Plan& plan, uint32_t tokens) {
   Character& c = characters_[index];
   Job& job = c.job;
+  job.task = Task::prepare;
   job.plan = plan;
+  job.first = c.written == 0;
   job.replayed = tokens;
   for (uint32_t i = 0; i < tokens; ++i) job.replay[i] = c.token(c.written - tokens + i);
-  job.status = KT_OK;
-  job.abandoned = false;
-  job.finished = false;
   c.fresh = false;
-  c.with_worker = true;
   c.state = KT_PREPARING;
+  queue(index, 1);
+}
+
+// Hands `count` characters, whose jobs are filled in, to the worker.
+void Model::queue(uint32_t first, uint32_t count) {
+  for (uint32_t i = first; i < first + count; ++i) {
+    Character& c = characters_[i];
+    c.with_worker = true;
+    c.job.status = KT_OK;
+    c.job.abandoned = false;
+    c.job.finished = false;
+  }
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    queue_[(queue_first_ + queued_++) % queue_.size()] = index;
+    queue_[(queue_first_ + queued_++) % queue_.size()] = {first, count};
   }
   wanted_.notify_one();
 }
@@ -240,22 +245,47 @@ void Model::take_back() {
     Character& c = characters_[i];
     if (!c.with_worker || !c.job.finished.load(std::memory_order_acquire)) continue;
     c.with_worker = false;
-    if (c.leaving) {
-      c.leaving = false;
-    } else if (c.pending) {
-      c.pending = false;
+    if (!std::exchange(c.discard, false)) {
+      if (c.job.task == Task::advance)
+        take_token(i);
+      else if (!c.pending)
+        take_prepared(c);
+    }
+    if (!std::exchange(c.pending, false)) continue;
+    if (c.with_worker) {  // taking its token filled its window
+      c.pending = true;
+      c.job.abandoned = true;
+    } else if (c.state != KT_FAILED) {
       begin(i, c.next);
-    } else if (c.state == KT_PREPARING) {  // not cancelled meanwhile
-      if (c.job.status != KT_OK) {
-        fail(c, c.job.error);
-      } else {
-        c.plan.ids = 0;  // the features are there now
-        c.cached = c.job.replayed;
-        c.fresh = true;
-        c.state = KT_RUNNING;
-      }
     }
   }
+}
+
+void Model::take_prepared(Character& c) {
+  if (c.job.status != KT_OK) return fail(c, c.job.error);
+  c.plan.ids = 0;  // the features are there now
+  c.cached = c.job.replayed;
+  c.fresh = true;
+  c.state = KT_RUNNING;
+}
+
+// The token that a character's job has drawn, and its frames.
+void Model::take_token(uint32_t index) {
+  Character& c = characters_[index];
+  const Job& job = c.job;
+  if (job.status != KT_OK) return fail(c, job.error);
+  c.cached += job.feed;
+  c.fresh = !job.writes;
+  if (job.writes) {
+    c.write_token(job.token);
+    ++written_;
+    const float* frames = graphs_->frames_of(index);
+    for (uint32_t f = 0; f < bundle_.frames_per_token; ++f) c.push_frame(frames + f * bundle_.features);
+  }
+  if (job.ended || static_cast<double>(c.written) >= c.most)
+    c.state = KT_DONE;
+  else if (c.cached >= c.plan.window)  // full: the text and the newest tokens anew
+    prepare_later(index, c.plan, std::min(c.plan.keep, c.kept_tokens()));
 }
 
 void Model::fail(Character& c, const char* why) {
@@ -264,7 +294,7 @@ void Model::fail(Character& c, const char* why) {
 }
 
 bool Model::can_write(const Character& c) const {
-  return c.taken && c.state == KT_RUNNING && c.unread() + bundle_.frames_per_token <= c.ahead;
+  return c.taken && c.state == KT_RUNNING && !c.with_worker && c.unread() + bundle_.frames_per_token <= c.ahead;
 }
 
 double Model::expected(uint32_t count) const {
@@ -297,119 +327,59 @@ bool Model::choose(double budget_us, uint32_t& first, uint32_t& count) const {
   return true;
 }
 
+// Fills in the jobs of `count` neighbours for one token each.
+void Model::order(uint32_t first, uint32_t count) {
+  for (uint32_t i = first; i < first + count; ++i) {
+    Character& c = characters_[i];
+    c.job.task = Task::advance;
+    c.job.status = KT_OK;
+    c.job.feed = !c.fresh;
+    c.job.ban_end = static_cast<double>(c.written) < c.least;
+    c.job.first = c.written == 0;
+    c.job.draw = {c.seed, c.written, c.request, c.top_k, c.temperature, c.top_p};
+    c.job.guidance = c.guidance;
+    if (c.fresh) continue;
+    for (uint32_t row = 0; row < rows_; ++row) {
+      graphs_->token[i * rows_ + row] = c.token(c.written - 1);
+      graphs_->position[i * rows_ + row] = (row ? empty_rows_ : c.plan.rows) + c.cached;
+    }
+  }
+}
+
 kt_step_report Model::step(uint32_t budget_us) {
-  kt_step_report report{};
-  report.size = sizeof report;
-  report.abi = KT_ABI_VERSION;
   const auto began = Clock::now();
   const bool unlimited = budget_us == KT_UNLIMITED;
-  const auto spent = [&] { return microseconds(Clock::now() - began); };
+  const auto left = [&] { return unlimited ? 1e18 : budget_us - microseconds(Clock::now() - began); };
+  written_ = 0;
   take_back();
   for (bool any = false; budget_us;) {
     uint32_t first = 0, count = 0;
-    const double left = unlimited ? 1e18 : budget_us - spent();
-    if (!choose(left, first, count)) {
-      if (!unlimited) break;
-      const bool waits = std::any_of(characters_.begin(), characters_.end(), [](const Character& c) { return c.with_worker; });
-      if (!waits) break;
-      wait_for_worker();
-      take_back();
+    if (choose(in_line() ? left() : 1e18, first, count)) {
+      order(first, count);
+      if (!in_line()) {
+        queue(first, count);
+        continue;
+      }
+      if (any && expected(count) > left()) break;
+      any = true;
+      const auto before = Clock::now();
+      compute(first, count);
+      for (uint32_t i = first; i < first + count; ++i) take_token(i);
+      learn(count, microseconds(Clock::now() - before));
       continue;
     }
-    if (any && expected(count) > left) break;
-    any = true;
-    const double before = spent();
-    advance(first, count, report);
-    learn(count, spent() - before);
+    if (!unlimited || std::none_of(characters_.begin(), characters_.end(), [](const Character& c) { return c.with_worker; })) break;
+    wait_for_worker();
+    take_back();
   }
+  kt_step_report report{};
+  report.tokens = written_;
   for (const Character& c : characters_) {
     if (!c.taken) continue;
     report.ready += c.unread() != 0;
     report.working += c.state == KT_PREPARING || c.state == KT_RUNNING;
   }
   return report;
-}
-
-// Calls `call(first, count)` for every run of neighbours within the range that fit.
-template <typename Fits, typename Call>
-void Model::runs(uint32_t first, uint32_t count, Fits fits, Call call) {
-  for (uint32_t at = first, end = first + count; at < end;) {
-    uint32_t stop = at;
-    while (stop < end && fits(characters_[stop])) ++stop;
-    if (stop == at) {
-      ++at;
-      continue;
-    }
-    try {
-      call(at, stop - at);
-    } catch (const Error& error) {
-      for (uint32_t i = at; i < stop; ++i) fail(characters_[i], error.what());
-    }
-    at = stop;
-  }
-}
-
-// One token, and its frames, for each of `count` neighbours that can write.
-void Model::advance(uint32_t first, uint32_t count, kt_step_report& report) {
-  for (uint32_t i = first; i < first + count; ++i) {
-    Character& c = characters_[i];
-    // A full window: the text and the newest tokens anew.
-    if (!c.fresh && c.cached >= c.plan.window) hand_over(i, c.plan, std::min(c.plan.keep, c.kept_tokens()));
-    if (c.fresh || c.state != KT_RUNNING) continue;
-    for (uint32_t row = 0; row < rows_; ++row) {
-      graphs_->token[i * rows_ + row] = c.token(c.written - 1);
-      graphs_->position[i * rows_ + row] = (row ? empty_rows_ : c.plan.rows) + c.cached;
-    }
-  }
-  runs(
-      first, count, [](const Character& c) { return c.state == KT_RUNNING && !c.fresh; },
-      [&](uint32_t at, uint32_t n) {
-        graphs_->decode(at, n);
-        report.calls++;
-        for (uint32_t i = at; i < at + n; ++i) characters_[i].fresh = true, characters_[i].cached++;
-      });
-  for (uint32_t i = first; i < first + count; ++i) {
-    Character& c = characters_[i];
-    c.pushed = c.state == KT_RUNNING && draw(i);
-    report.tokens += c.pushed;
-  }
-  runs(
-      first, count, [](const Character& c) { return c.pushed; },
-      [&](uint32_t at, uint32_t n) {
-        graphs_->detokenize(at, n);
-        report.calls++;
-        for (uint32_t i = at; i < at + n; ++i) {
-          const float* frames = graphs_->frames_of(i);
-          const size_t numbers = size_t{bundle_.frames_per_token} * bundle_.features;
-          if (!std::all_of(frames, frames + numbers, [](float x) { return std::isfinite(x); }))
-            fail(characters_[i], "the model decoded to NaN or infinity; are its weights whole?");
-          else
-            for (uint32_t f = 0; f < bundle_.frames_per_token; ++f) characters_[i].push_frame(frames + f * bundle_.features);
-        }
-      });
-}
-
-// Draws a character's next token; false where its clip ended instead.
-bool Model::draw(uint32_t index) {
-  Character& c = characters_[index];
-  const float* logits = graphs_->logits_of(index * rows_);
-  sampler_.mix(logits, c.guidance == 1 ? nullptr : graphs_->logits_of(index * rows_ + 1), c.guidance);
-  for (const uint32_t id : bundle_.banned) sampler_.ban(id);
-  if (static_cast<double>(c.written) < c.least) sampler_.ban(static_cast<uint32_t>(bundle_.end_id));
-  const int32_t token = sampler_.draw({c.seed, c.written, c.request, c.top_k, c.temperature, c.top_p});
-  if (token == sampling::NOT_FINITE) {
-    fail(c, "expected finite logits; are the model's weights whole?");
-    return false;
-  }
-  const bool ended = token == bundle_.end_id;
-  const bool writes = !ended || c.written == 0;
-  if (writes) {
-    c.write_token(ended ? ENDED_AT_ONCE : token);
-    c.fresh = false;
-    graphs_->pushed[index] = c.token(c.written - 1);
-  }
-  if (ended || static_cast<double>(c.written) >= c.most) c.state = KT_DONE;
-  return writes;
 }
 
 uint32_t Model::read(uint32_t index, uint32_t layout, float* buffer, uint32_t frames) {
@@ -431,8 +401,12 @@ uint32_t Model::read(uint32_t index, uint32_t layout, float* buffer, uint32_t fr
 }
 
 uint32_t Model::fork(uint32_t index, uint64_t seed, uint32_t request) {
-  take_back();
   Character& c = characters_[index];
+  take_back();
+  while (c.with_worker && c.job.task == Task::advance) {
+    wait_for_worker();
+    take_back();
+  }
   if (c.state != KT_RUNNING) throw Error(KT_ERROR_STATE, "expected a running character to fork: step until its state is KT_RUNNING");
   const kt_character_options options{sizeof options, KT_ABI_VERSION, seed, request, c.top_k, c.temperature, c.top_p, c.guidance, c.seconds};
   const uint32_t place = create(options);

@@ -25,6 +25,7 @@ class Model {
   const std::string& runtime_version() const { return runtime_.version; }
   const std::string& provider() const { return provider_; }
   uint64_t memory_bytes() const { return memory_.total(); }
+  bool in_line() const { return options_.flags & KT_OPEN_INLINE; }
   bool guided() const { return rows_ == 2; }
   bool has_text() const { return graphs_->encodes(); }
 
@@ -47,18 +48,23 @@ class Model {
   void find_empty();
   uint32_t free_place();
   void begin(uint32_t index, const Plan& plan);
-  void hand_over(uint32_t index, const Plan& plan, uint32_t tokens);
+  void prepare_later(uint32_t index, const Plan& plan, uint32_t tokens);
+  void queue(uint32_t index, uint32_t count);
   void take_back();
-  void advance(uint32_t first, uint32_t count, kt_step_report& report);
-  bool draw(uint32_t index);
+  void take_prepared(Character& c);
+  void take_token(uint32_t index);
   void fail(Character& c, const char* why);
   bool can_write(const Character& c) const;
   bool choose(double budget_us, uint32_t& first, uint32_t& count) const;
+  void order(uint32_t first, uint32_t count);
   double expected(uint32_t count) const;
   void learn(uint32_t count, double us);
+
+  // On the thread that computes: the worker, or with KT_OPEN_INLINE the caller for tokens.
+  void compute(uint32_t first, uint32_t count);
+  void draw(uint32_t index);
   template <typename Fits, typename Call>
   void runs(uint32_t first, uint32_t count, Fits fits, Call call);
-
   void work();
   void prepare(uint32_t index);
   void wait_for_worker();
@@ -76,11 +82,15 @@ class Model {
   std::vector<int64_t> ids_;  // of a sentence, until its prompt is sure to be taken
   sampling::Sampler sampler_;
   std::deque<Character> characters_;  // never moved
+  uint32_t written_ = 0;              // tokens that take_token took since the step began
   double cost_[Graphs::TOGETHER + 1] = {};  // microseconds of a token for so many characters; 0: not known
 
   std::mutex mutex_;
   std::condition_variable wanted_, done_;
-  std::vector<uint32_t> queue_;  // room for every character; a ring
+  struct Order {
+    uint32_t first, count;
+  };
+  std::vector<Order> queue_;  // room for every character; a ring
   size_t queue_first_ = 0, queued_ = 0;
   bool closing_ = false;
   std::thread worker_;  // last: it uses all the others

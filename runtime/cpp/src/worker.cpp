@@ -1,34 +1,42 @@
-// The model's worker: sentences, prefill, and the tokens that a new text carries over. It touches one character at a time.
+// What a model computes beside its caller: sentences, prefill with the tokens that a new text carries over, and tokens.
 #include <cstdio>
 
 #include "model.hpp"
 
 namespace kinetok {
 
+namespace {
+
+constexpr int32_t ENDED_AT_ONCE = 1;  // the one token of a clip whose end token comes first, as in the reference
+
+}  // namespace
+
 void Model::work() {
   while (true) {
-    uint32_t index = 0;
+    Order order{};
     {
       std::unique_lock<std::mutex> lock(mutex_);
       wanted_.wait(lock, [this] { return closing_ || queued_; });
       if (closing_) return;
-      index = queue_[queue_first_];
+      order = queue_[queue_first_];
       queue_first_ = (queue_first_ + 1) % queue_.size();
       --queued_;
     }
-    Job& job = characters_[index].job;
-    try {
-      prepare(index);
-    } catch (const Error& error) {
-      job.status = error.status;
-      std::snprintf(job.error, sizeof job.error, "%s", error.what());
-    } catch (const std::exception& error) {
-      job.status = KT_ERROR_INTERNAL;
-      std::snprintf(job.error, sizeof job.error, "preparing a prompt: %s", error.what());
+    Job& job = characters_[order.first].job;
+    if (job.task == Task::advance) {
+      compute(order.first, order.count);
+    } else {
+      try {
+        prepare(order.first);
+      } catch (const Error& error) {
+        job.fail(error.status, error.what());
+      } catch (const std::exception& error) {
+        job.fail(KT_ERROR_INTERNAL, error.what());
+      }
     }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      job.finished.store(true, std::memory_order_release);
+      for (uint32_t i = order.first; i < order.first + order.count; ++i) characters_[i].job.finished.store(true, std::memory_order_release);
     }
     done_.notify_all();
   }
@@ -51,6 +59,66 @@ void Model::prepare(uint32_t index) {
     }
     graphs_->decode(index, 1);
   }
+}
+
+// Calls `call(first, count)` for every run of neighbours within the range that fit; a call that throws fails them.
+template <typename Fits, typename Call>
+void Model::runs(uint32_t first, uint32_t count, Fits fits, Call call) {
+  for (uint32_t at = first, end = first + count; at < end;) {
+    uint32_t stop = at;
+    while (stop < end && fits(characters_[stop].job)) ++stop;
+    if (stop == at) {
+      ++at;
+      continue;
+    }
+    const auto fail = [&](kt_status status, const char* why) {
+      for (uint32_t i = at; i < stop; ++i) characters_[i].job.fail(status, why);
+    };
+    try {
+      call(at, stop - at);
+    } catch (const Error& error) {
+      fail(error.status, error.what());
+    } catch (const std::exception& error) {
+      fail(KT_ERROR_INTERNAL, error.what());
+    }
+    at = stop;
+  }
+}
+
+// One token, and its frames, for each of `count` neighbours, as their jobs say.
+void Model::compute(uint32_t first, uint32_t count) {
+  runs(
+      first, count, [](const Job& job) { return job.feed; }, [&](uint32_t at, uint32_t n) { graphs_->decode(at, n); });
+  for (uint32_t i = first; i < first + count; ++i) draw(i);
+  runs(
+      first, count, [](const Job& job) { return job.writes; },
+      [&](uint32_t at, uint32_t n) {
+        for (uint32_t i = at; i < at + n; ++i)
+          if (characters_[i].job.first) graphs_->reset_detokenizer(i);
+        graphs_->detokenize(at, n);
+        const size_t numbers = size_t{bundle_.frames_per_token} * bundle_.features;
+        for (uint32_t i = at; i < at + n; ++i) {
+          const float* frames = graphs_->frames_of(i);
+          if (!std::all_of(frames, frames + numbers, [](float x) { return std::isfinite(x); }))
+            characters_[i].job.fail(KT_ERROR_BUNDLE, "the model decoded to NaN or infinity; are its weights whole?");
+        }
+      });
+}
+
+void Model::draw(uint32_t index) {
+  Job& job = characters_[index].job;
+  job.writes = job.ended = false;
+  if (job.status != KT_OK) return;
+  const uint32_t row = index * rows_;
+  sampler_.mix(graphs_->logits_of(row), job.guidance == 1 ? nullptr : graphs_->logits_of(row + 1), job.guidance);
+  for (const uint32_t id : bundle_.banned) sampler_.ban(id);
+  if (job.ban_end) sampler_.ban(static_cast<uint32_t>(bundle_.end_id));
+  job.token = sampler_.draw(job.draw);
+  if (job.token == sampling::NOT_FINITE) return job.fail(KT_ERROR_BUNDLE, "expected finite logits; are the model's weights whole?");
+  job.ended = job.token == bundle_.end_id;
+  job.writes = !job.ended || job.first;
+  if (job.ended) job.token = ENDED_AT_ONCE;
+  graphs_->pushed[index] = job.token;
 }
 
 void Model::wait_for_worker() {
