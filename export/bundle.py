@@ -16,7 +16,7 @@ from kinetok.export.precision import Precision
 from kinetok.export.text_encoder import find_minilm, text_graph, vocabulary
 from kinetok.files import whole_directory
 from kinetok.model.bank import MAX_FEATURES, PromptBank
-from kinetok.model.config import FRAME_RATE
+from kinetok.model.config import FRAME_RATE, DecoderConfig
 from kinetok.model.pretrained import ModelBundle
 from kinetok.motion.features import FEATURES, POSITIONS, ROTATIONS, VELOCITIES
 from kinetok.motion.skeleton import JOINT_NAMES, PARENTS
@@ -172,6 +172,23 @@ def _write(
     return manifest
 
 
+def decoder_facts(config: DecoderConfig) -> dict[str, Any]:
+    """A manifest's section ``decoder``."""
+    return {
+        "layers": config.n_layer,
+        "heads": config.n_head,
+        "head_dim": config.head_dim,
+        "width": config.n_embd,
+        "codebook": config.codebook,
+        "logits": config.head_rows,
+        "end_id": config.end_id,
+        "banned_ids": banned_ids(config),
+        "positions": config.block_size,
+        "text_dim": config.text_dim,
+        "max_text": MAX_FEATURES,
+    }
+
+
 def _facts(model: ModelBundle, precision: Precision, kv_dtype: np.dtype, opset: int) -> dict[str, Any]:
     """What the manifest says of the model itself."""
     from kinetok import __version__
@@ -185,19 +202,7 @@ def _facts(model: ModelBundle, precision: Precision, kv_dtype: np.dtype, opset: 
         "domains": ["", MICROSOFT] if precision.bits else [""],
         "precision": precision.name,
         "kv_dtype": kv_dtype.name,
-        "decoder": {
-            "layers": decoder.n_layer,
-            "heads": decoder.n_head,
-            "head_dim": decoder.head_dim,
-            "width": decoder.n_embd,
-            "codebook": decoder.codebook,
-            "logits": decoder.head_rows,
-            "end_id": decoder.end_id,
-            "banned_ids": banned_ids(decoder),
-            "positions": decoder.block_size,
-            "text_dim": decoder.text_dim,
-            "max_text": MAX_FEATURES,
-        },
+        "decoder": decoder_facts(decoder),
         "tokenizer": {
             "codebook": tokenizer.codebook,
             "frame_rate": FRAME_RATE,

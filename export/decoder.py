@@ -146,7 +146,7 @@ class DecoderExport:
                 keys, values = k, v
             elif self.kv_dtype != dtype:
                 keys, values = g.cast(keys, dtype), g.cast(values, dtype)
-            mixed = attention(g, q, keys, values, visible, config.head_dim, dtype, split=self._split)
+            mixed = attention(g, q, keys, values, visible, config.head_dim, dtype, target=self.precision.target)
             joined = g.reshape(g.transpose(mixed, 0, 2, 1, 3), 0, 0, width)
             x = g.node("Add", x, product(joined, f"{block}.attn_out.weight", width, width))
             normed = rms_norm(g, x, self._plain(g, f"{block}.mlp_norm.scale"), dtype)
@@ -155,11 +155,6 @@ class DecoderExport:
             hidden = g.node("Mul", silu(g, gate), up)
             x = g.node("Add", x, product(hidden, f"{block}.down.weight", width, config.mlp_width))
         return x
-
-    @property
-    def _split(self) -> bool:
-        # TensorRT builds an fp32 Attention with free axes only from its parts.
-        return self.precision.target == "tensorrt" and self._dtype == np.float32
 
     def _logits(self, g: Graph, x: str) -> None:
         """``x [B, d]`` through the last norm and the head; fp32."""

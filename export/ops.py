@@ -31,10 +31,16 @@ def rotate(g: Graph, x: str, table: tuple[str, str], positions: str, half: int) 
     return g.reshape(g.node("Concat", first, second, axis=-1), 0, 0, 0, 2 * half)
 
 
-def attention(g: Graph, q: str, k: str, v: str, visible: str, head_dim: int, dtype: np.dtype, *, split: bool) -> str:
-    """Mixed values ``[B, H, T, hd]``; visible bool ``[B, 1, T, S]``. split: as products, for parsers without Attention."""
-    if g.opset >= 23 and not split:
+def attention(g: Graph, q: str, k: str, v: str, visible: str, head_dim: int, dtype: np.dtype, *, target: str) -> str:
+    """Mixed values ``[B, H, T, hd]``; visible bool ``[B, 1, T, S]``; the softmax in fp32 for target "ort".
+
+    target "tensorrt": its parsers refuse to be told the softmax's precision, and its builders an fp32 Attention with free
+    axes, which is spelt out.
+    """
+    if g.opset >= 23 and target == "ort":
         return g.node("Attention", q, k, v, visible, scale=head_dim**-0.5, softmax_precision=1)
+    if g.opset >= 23 and dtype != np.float32:
+        return g.node("Attention", q, k, v, visible, scale=head_dim**-0.5)
     scaled = g.node("Mul", q, g.const(head_dim**-0.5, dtype))
     scores = g.node("MatMul", scaled, g.transpose(k, 0, 1, 3, 2))
     if dtype != np.float32:

@@ -55,18 +55,19 @@ def to_numpy(value: Tensor, dtype: np.dtype, name: str) -> np.ndarray:
     return array
 
 
-def quantize(weight: Tensor, bits: int, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
+def quantize(weight: Tensor, bits: int, block: int = BLOCK, *, positive: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric integers ``[N, blocks, block]`` (int8, from -2^(bits-1) on) and fp32 scales ``[N, blocks]`` of ``[N, K]``.
 
-    The largest number of a block becomes the lowest integer, which has one step more than the highest. K is padded
-    with zeros to whole blocks.
+    The largest number of a block becomes the lowest integer, which has one step more than the highest, so a scale may be
+    negative; positive: it becomes plus or minus the highest one (TensorRT takes no negative scales). K is padded with
+    zeros to whole blocks.
     """
     rows, columns = weight.shape
     blocks = -(-columns // block)
     padded = torch.nn.functional.pad(weight.float(), (0, blocks * block - columns)).view(rows, blocks, block)
     largest = padded.gather(2, padded.abs().argmax(2, keepdim=True))[..., 0]
     lowest = -(1 << (bits - 1))
-    scale = largest / lowest
+    scale = largest.abs() / (-lowest - 1) if positive else largest / lowest
     safe = torch.where(scale == 0, 1.0, scale)
     codes = (padded / safe[..., None]).round().clamp(lowest, -lowest - 1).to(torch.int8)
     return codes.numpy(), scale.numpy()
@@ -89,14 +90,15 @@ def linear(
 
         return g.node("MatMul", x, g.weight(name, transposed))
     rows, columns = shape
+    tensorrt = precision.target == "tensorrt"
     made: dict[str, np.ndarray] = {}  # both halves come from one quantisation; each is dropped as it is written
 
     def part(which: str) -> np.ndarray:
         if not made:
-            made["codes"], made["scale"] = quantize(tensors(name), bits)
+            made["codes"], made["scale"] = quantize(tensors(name), bits, positive=tensorrt)
         return made.pop(which)
 
-    if precision.target == "tensorrt":
+    if tensorrt:
         return _dequantized(g, x, name, part, dtype, bits, (rows, columns))
 
     def packed() -> np.ndarray:

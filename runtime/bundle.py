@@ -118,16 +118,24 @@ def read_bundle(path: str | Path) -> Bundle:
             "export the model again with this one"
         )
     bundle = Bundle(folder, manifest)
-    for name, about in bundle.section("files").items():
+    check_files(folder, manifest, MANIFEST)
+    return bundle
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any], source: str) -> None:
+    """Compare every file that a manifest lists with its SHA-256 and size. ``UserError`` names the first that differs."""
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise UserError(f"{folder / source}: expected 'files' to be an object")
+    for name, about in files.items():
         if not _NAME.fullmatch(name) or not isinstance(about, dict):
-            raise UserError(f"{folder / MANIFEST}: {name[:80]!r} is not the name of a bundle's file")
+            raise UserError(f"{folder / source}: {name[:80]!r} is not the name of one of its files")
         digest, size = file_digest(folder / name)
         if (digest, size) != (about.get("sha256"), about.get("bytes")):
             raise UserError(
                 f"{folder / name}: not the file that was exported (its SHA-256 or size differs from the manifest's): "
                 "export the model again, or fetch an intact copy"
             )
-    return bundle
 
 
 def file_digest(path: Path) -> tuple[str, int]:

@@ -74,3 +74,12 @@ def test_a_provider_that_is_not_there(refused, bundle) -> None:
 def test_a_bundle_of_another_model(refused, bundle, tmp_path) -> None:
     line = refused("generate", "a person runs", "--backend", f"onnx:{bundle}", "-o", tmp_path / "out")
     assert "another model" in line
+
+
+@pytest.mark.parametrize("kind", ["tensorrt", "tensorrt-rtx"])
+def test_engines_without_their_library(refused, model, tmp_path, monkeypatch, kind) -> None:
+    monkeypatch.setitem(sys.modules, kind.replace("-", "_"), None)
+    line = refused("export", kind, model, "--out", tmp_path / "engines")
+    assert f"needs the package {kind}" in line and f"pip install 'kinetok[{kind}]'" in line
+    assert "expected numbers" in refused("export", kind, model, "--out", tmp_path / "engines", "--batches", "one")
+    assert not list(tmp_path.iterdir())

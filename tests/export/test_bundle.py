@@ -113,7 +113,7 @@ def test_weights_that_changed_with_their_hash_are_found_by_the_replay(copied) ->
         ({"version": 2}, "newer than this kinetok reads"),
         ({"format": "zip"}, "expected the format"),
         ({"version": "1"}, "expected the format"),
-        ({"files": {"../weights.bin": {}}}, "not the name of a bundle's file"),
+        ({"files": {"../weights.bin": {}}}, "not the name of one of its files"),
         ({"files": []}, "'files' to be an object"),
     ],
 )

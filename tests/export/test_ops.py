@@ -53,15 +53,15 @@ def test_rotate(folder_of_graphs, opset, half) -> None:
 
 
 @OPSETS
-@pytest.mark.parametrize("split", [False, True])
-def test_attention_sees_what_the_mask_says(folder_of_graphs, opset, split) -> None:
+@pytest.mark.parametrize("target", ["ort", "tensorrt"])
+def test_attention_sees_what_the_mask_says(folder_of_graphs, opset, target) -> None:
     q, k, v = torch.randn(2, 3, 4, 10), torch.randn(2, 3, 7, 10), torch.randn(2, 3, 7, 10)
     visible = torch.rand(2, 1, 4, 7) < 0.5
     visible[..., 0] = True
     got = run(
         folder_of_graphs,
         opset,
-        lambda g, *names: ops.attention(g, *names, 10, F32, split=split),
+        lambda g, *names: ops.attention(g, *names, 10, F32, target=target),
         {"q": q.numpy(), "k": k.numpy(), "v": v.numpy(), "visible": visible.numpy()},
         4,
     )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kinetok.cli.common import SMALL, example
+from kinetok.cli.common import SMALL, bar, example
 from kinetok.errors import UserError
 
 MODEL = Annotated[
@@ -48,11 +48,74 @@ def onnx(
     print(f"golden fixtures replayed and agreed; {time.perf_counter() - began:.1f} s")
 
 
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="A folder that kinetok export onnx wrote.")],
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+BATCHES = Annotated[str, typer.Option(help="Optimisation profiles: the largest batch of each, a comma list.")]
+ENGINE_DTYPE = Annotated[str, typer.Option(help="fp32, fp16, int8 or int4 (weights); fp16 activations but for fp32.")]
+
+
+@export.command("tensorrt", epilog=example("kinetok export tensorrt --out engines --dtype fp16"))
+def tensorrt(
+    model: MODEL = None, out: OUT = Path("engines"), dtype: ENGINE_DTYPE = "fp16", batches: BATCHES = "1,8,64"
 ) -> None:
-    """Replay a bundle's golden fixtures here; exit code 1 and the first divergence where one disagrees."""
+    """Build TensorRT engines for the GPU of this machine."""
+    _engines("tensorrt", model, out, dtype, "", batches)
+
+
+@export.command(
+    "tensorrt-rtx", epilog=example("kinetok export tensorrt-rtx --out engines --targets sm_86,sm_89,sm_120")
+)
+def tensorrt_rtx(
+    model: MODEL = None,
+    out: OUT = Path("engines"),
+    dtype: ENGINE_DTYPE = "fp16",
+    targets: Annotated[str, typer.Option(help="GPUs to build for, a comma list such as sm_86,sm_89,sm_120.")] = "",
+    batches: BATCHES = "1,8,64",
+) -> None:
+    """Build TensorRT-RTX engines, for GPUs that need not be here."""
+    _engines("tensorrt-rtx", model, out, dtype, targets, batches)
+
+
+def _engines(kind: str, model: str | None, out: Path, dtype: str, targets: str, batches: str) -> None:
+    from kinetok.export.tensorrt import export_engines
+    from kinetok.model.pretrained import load_pretrained
+
+    try:
+        sizes = [int(part) for part in batches.split(",")]
+    except ValueError as error:
+        raise UserError(f"--batches: expected numbers such as 1,8,64, got {batches!r}") from error
+    began = time.perf_counter()
+    loaded = load_pretrained(None if model == "default" else model, "cpu", "float32")
+    names = [part.strip() for part in targets.split(",") if part.strip()]
+    with bar("building", shown=True) as update:
+        export_engines(
+            loaded,
+            out,
+            kind=kind,
+            dtype=dtype,
+            targets=names,
+            batches=sizes,
+            progress=lambda done, of, what: update(done, of, what),
+        )
+    for path in sorted(out.iterdir()):
+        print(f"wrote {path}  {path.stat().st_size / 1e6:.2f} MB")
+    print(f"built, not run; {time.perf_counter() - began:.1f} s")
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A folder that kinetok export wrote.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda, for a bundle.")] = "cpu",
+) -> None:
+    """Replay a bundle's golden fixtures here; exit code 1 and the first divergence where one disagrees.
+
+    Of engines: whether their files are whole, and whether they were built for this machine's GPU.
+    """
+    from kinetok.runtime.engines import ENGINES, check_gpu, read_engines
+
+    if (bundle / ENGINES).is_file():
+        import torch
+
+        check_gpu(read_engines(bundle), torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
+        print(f"{bundle}: whole, and built for this GPU")
+        return
     from kinetok.export.replay import replay
 
     weights = bundle / "weights.bin"
