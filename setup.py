@@ -20,6 +20,8 @@ VIEWER = ["viser>=1.1.1"]
 TRAIN = ["tensorboard>=2.18"]
 DATA = ["pyarrow>=20"]
 TRITON = ["triton>=3.6,<3.10; sys_platform == 'linux'"]
+# 96 MB to fetch; wheels for Linux on x86-64 alone.
+RTX = ["tensorrt-rtx-cu13>=1.7,<1.8; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 ONNX = ["onnx>=1.20", "onnxruntime>=1.30,<1.32"]
 DEV = [
     "hypothesis",
@@ -63,8 +65,8 @@ setup(
         "data": DATA,
         "onnx": ONNX,
         "tensorrt": ["tensorrt>=11"],
-        "tensorrt-rtx": ["tensorrt-rtx-cu13>=1.7"],
-        "dev": [*TEXT, *FILES, *VIEWER, *TRAIN, *DATA, *TRITON, *ONNX, *DEV],
+        "tensorrt-rtx": RTX,
+        "dev": [*TEXT, *FILES, *VIEWER, *TRAIN, *DATA, *TRITON, *ONNX, *RTX, *DEV],
     },
     entry_points={"console_scripts": ["kinetok=kinetok.cli:main"]},
 )
