@@ -5,7 +5,7 @@ what it would compute before the first or after the last step of a clip is zeroe
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,25 +35,32 @@ class _Clock:
         return torch.where(((step >= 0) & (step < self.end[:, None]))[..., None], x, 0.0)
 
 
-class _Line:
-    """The last ``span`` steps of what passed, ``[slots, span, C]``."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Clip:
+    """A slot's clip so far: tokens pushed, frames made. Never changed, only replaced, so that a push that is cut off leaves
+    every slot as it was or as it should be."""
 
-    def __init__(self, slots: int, span: int, like: Tensor, channels: int) -> None:
-        self.kept = torch.zeros(slots, span, channels, dtype=like.dtype, device=like.device)
-        self._new: Tensor | None = None
+    pushed: int = 0
+    made: int = 0
+    newest: Tensor | None = None  # the frames that the last push made
+    ended: bool = False
+    kept: tuple[Tensor, ...] | None = None  # the last steps of every line; None: zeros
 
-    def through(self, x: Tensor, slots: Tensor) -> Tensor:
-        """``x [n, k, C]`` with the span before it, ``[n, span + k, C]``, the last of which ``keep`` will keep."""
-        span = self.kept.shape[1]
-        if not span:
-            return x
-        joined = torch.cat((self.kept[slots], x), dim=1)
-        self._new = joined[:, -span:]
+
+class _Lines:
+    """The last steps of what passed, for every place of the network that needs them again: ``[n, span, C]`` each."""
+
+    def __init__(self, clips: Sequence[_Clip]) -> None:
+        self.clips, self.new = clips, list[Tensor]()
+
+    def through(self, x: Tensor, span: int) -> Tensor:
+        """``x [n, k, C]`` with the span before it, ``[n, span + k, C]``. Places come in the same order at every push."""
+        line = len(self.new)
+        nothing = x.new_zeros(span, x.shape[2])
+        before = torch.stack([nothing if clip.kept is None else clip.kept[line] for clip in self.clips])
+        joined = torch.cat((before, x), dim=1)
+        self.new.append(joined[:, joined.shape[1] - span :])
         return joined
-
-    def keep(self, slots: Tensor) -> None:
-        if self._new is not None:
-            self.kept[slots], self._new = self._new, None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,36 +71,34 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Conv:
-    def __init__(self, conv: Conv, late: int, slots: int) -> None:
+    def __init__(self, conv: Conv, late: int) -> None:
         assert conv.stride == 1
-        _, self.taps, inputs = conv.weight.shape
-        self.conv, self.before = conv, late
+        self.taps, self.conv, self.before = conv.weight.shape[1], conv, late
         self.late = late + (conv.padding[1] if self.taps > 1 else 0)
-        self.line = _Line(slots, (self.taps - 1) * conv.dilation, conv.weight, inputs)
 
-    def __call__(self, x: Tensor, slots: Tensor, clock: _Clock | None) -> Tensor:
+    def __call__(self, x: Tensor, lines: _Lines, clock: _Clock | None) -> Tensor:
         steps, conv = x.shape[1], self.conv
         if self.taps > 1:
-            x = self.line.through(x if clock is None else clock.inside(x, self.before), slots)
+            x = x if clock is None else clock.inside(x, self.before)
+            x = lines.through(x, (self.taps - 1) * conv.dilation)
             x = torch.cat([x[:, k * conv.dilation :][:, :steps] for k in range(self.taps)], dim=-1)
         return _product(x, conv.weight.flatten(1), conv.bias)
 
 
 class _Residual:
-    def __init__(self, block: Residual, late: int, slots: int) -> None:
-        self.block = block
-        self.conv1, self.conv2 = _Conv(block.conv1, late, slots), _Conv(block.conv2, late, slots)
+    def __init__(self, block: Residual, late: int) -> None:
+        self.block, self.before = block, late
+        self.conv1, self.conv2 = _Conv(block.conv1, late), _Conv(block.conv2, late)
         self.late = self.conv1.late
-        self.skip = _Line(slots, self.late - late, block.conv2.weight, block.conv2.weight.shape[0])
 
-    def __call__(self, x: Tensor, slots: Tensor, clock: _Clock | None) -> Tensor:
+    def __call__(self, x: Tensor, lines: _Lines, clock: _Clock | None) -> Tensor:
         block = self.block
-        y = self.conv1(block.act(block.norm1(x)), slots, clock)
-        y = self.conv2(block.act(block.norm2(y)), slots, clock)
-        return self.skip.through(x, slots)[:, : x.shape[1]] + y
+        y = self.conv1(block.act(block.norm1(x)), lines, clock)
+        y = self.conv2(block.act(block.norm2(y)), lines, clock)
+        return lines.through(x, self.late - self.before)[:, : x.shape[1]] + y
 
 
-_Stage = Callable[[Tensor, Tensor, _Clock | None], Tensor]
+_Stage = Callable[[Tensor, _Lines, _Clock | None], Tensor]
 
 
 def whole_clip_reason(config: TokenizerConfig) -> str | None:
@@ -120,28 +125,25 @@ class StreamingDetokenizer:
         if slots < 1:
             raise UserError(f"expected at least one slot, got {slots}")
         self.tokenizer, self.slots = tokenizer, slots
-        self.lines: list[_Line] = []
         self.stages: list[tuple[int, _Stage]] = []  # each with the steps a token at its rate
         late, rate = 0, 1
 
         def conv(layer: Conv) -> None:
             nonlocal late
-            stage = _Conv(layer, late, slots)
+            stage = _Conv(layer, late)
             self.stages.append((rate, stage))
-            self.lines.append(stage.line)
             late = stage.late
 
         def point(function: Callable[[Tensor], Tensor]) -> None:
-            self.stages.append((rate, lambda x, slots, clock: function(x)))
+            self.stages.append((rate, lambda x, lines, clock: function(x)))
 
         net = tokenizer.decoder
         conv(net.first)
         point(ACTIVATIONS["relu"])
         for up in net.stages:
             for block in up.blocks:  # type: ignore[union-attr]
-                stage = _Residual(block, late, slots)
+                stage = _Residual(block, late)
                 self.stages.append((rate, stage))
-                self.lines += [stage.conv1.line, stage.skip]
                 late = stage.late
             stride = int(up.stride)  # type: ignore[arg-type]
             point(lambda x, stride=stride: x.repeat_interleave(stride, dim=1))  # type: ignore[misc]
@@ -152,19 +154,15 @@ class StreamingDetokenizer:
         conv(net.last)
         self._late = late * tokenizer.config.patch_size  # frames
         self.lookahead = -(-self._late // tokenizer.config.frames_per_token)
-        self._pushed = [0] * slots
+        self.clips = [_Clip()] * slots
 
     def reset(self, slot: int) -> None:
         """Start a new clip in a slot."""
-        self._pushed[slot] = 0
-        for line in self.lines:
-            line.kept[slot] = 0
+        self.clips[slot] = _Clip()
 
     def copy(self, source: int, target: int) -> None:
         """Make ``target`` what ``source`` is."""
-        self._pushed[target] = self._pushed[source]
-        for line in self.lines:
-            line.kept[target] = line.kept[source]
+        self.clips[target] = self.clips[source]
 
     @torch.inference_mode()
     def push(self, slots: Sequence[int], tokens: Tensor) -> list[Tensor]:
@@ -186,36 +184,40 @@ class StreamingDetokenizer:
     @torch.inference_mode()
     def finish(self, slots: Sequence[int]) -> list[Tensor]:
         """The frames still missing of clips that end here; the slots must be reset before they are used again."""
-        ends = [self._pushed[slot] for slot in slots]
+        ends = [self.clips[slot].pushed for slot in slots]
         nothing = self.tokenizer.decoder.first.weight.new_zeros(
             len(slots), self.lookahead, self.tokenizer.config.code_dim
         )
         return self._run(slots, nothing, ends)
 
-    def pushed(self, slot: int) -> int:
-        """Tokens of a slot's clip so far."""
-        return self._pushed[slot]
-
     def _run(self, slots: Sequence[int], x: Tensor, ends: Sequence[int]) -> list[Tensor]:
         config, steps = self.tokenizer.config, x.shape[1]
-        if not steps or not slots:
+        if not slots:
+            return []
+        if not steps:
+            for slot, end in zip(slots, ends, strict=True):
+                nothing = x.new_zeros(0, config.input_dim)
+                self.clips[slot] = replace(self.clips[slot], newest=nothing, ended=end < ENDLESS)
             return [x.new_zeros(0, config.input_dim) for _ in slots]
-        starts = [self._pushed[slot] for slot in slots]
-        where = torch.tensor(list(slots), device=x.device)
+        clips = [self.clips[slot] for slot in slots]
+        starts, lines = [clip.pushed for clip in clips], _Lines(clips)
         # Once past a clip's start and before its end nothing needs zeroing.
         settled = min(starts) >= self.lookahead and max(starts) + steps <= min(ends)
         clock = None if settled else _Clock(*(torch.tensor(list(v), device=x.device) for v in (starts, ends)))
         for rate, stage in self.stages:
-            x = stage(x, where, None if clock is None else clock.rated(rate))
+            x = stage(x, lines, None if clock is None else clock.rated(rate))
         frames = self.tokenizer.unpatch(x)
         unit = config.frames_per_token
         result = []
         for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
             first = start * unit - self._late
             result.append(frames[row, max(0, -first) : max(0, min(frames.shape[1], end * unit - first))])
-        # Last, so that whatever fails before can be repeated.
-        for line in self.lines:
-            line.keep(where)
-        for slot, start in zip(slots, starts, strict=True):
-            self._pushed[slot] = start + steps
+        for row, (slot, clip, frame) in enumerate(zip(slots, clips, result, strict=True)):
+            self.clips[slot] = _Clip(
+                clip.pushed + steps,
+                clip.made + len(frame),
+                frame,
+                ends[row] < ENDLESS,
+                tuple(line[row] for line in lines.new),
+            )
         return result

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -38,20 +38,27 @@ class Update:
         return self.state in ("done", "expired", "failed")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reading:
+    """How far a character's frames were read; replaced as a whole. ``last`` is a frame that stands for all that was read: its
+    steps lead from the origin to where the figure is."""
+
+    read: int = 0
+    unread: tuple[np.ndarray, ...] = ()
+    last: Tensor | None = None
+
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self.unread))
+
+
 @dataclass(eq=False)
 class _Figure:
     character: Character
     text: str
     place: int | None = None  # in the detokenizer
-    unread: list[np.ndarray] = field(default_factory=list)
-    last: Tensor | None = (
-        None  # a frame that stands for all that was read: its steps lead from the origin to where it is
-    )
+    reading: _Reading = field(default_factory=_Reading)
     closed: bool = False
-
-    @property
-    def waiting_frames(self) -> int:
-        return sum(map(len, self.unread))
 
 
 class Crowd:
@@ -104,6 +111,10 @@ class Crowd:
     def step(self) -> int:
         """One token for everyone who runs and is read; returns how many characters got one or ended (0: nothing to do)."""
         with self._lock:
+            known = {id(figure.character) for figure in self._figures.values()}
+            for character in self.scheduler.characters:
+                if id(character) not in known:  # its submit was cut off before there was a handle
+                    self.scheduler.cancel(character)
             self._detokenize()  # as in submit
             moved = self.scheduler.step()
             self._detokenize()
@@ -114,7 +125,7 @@ class Crowd:
         with self._lock:
             figure = self._get(handle)
             character = figure.character
-            motion = self._block(figure) if figure.unread else None
+            motion = self._block(figure) if figure.reading.unread else None
             character.paused = False
             if character.over and (figure.closed or character.state != "done"):
                 del self._figures[handle]
@@ -139,12 +150,15 @@ class Crowd:
         with self._lock:
             figure = self._get(handle)
             self._detokenize()
-            twin = _Figure(self.scheduler.fork(figure.character, job), figure.text, last=figure.last)
+            twin = _Figure(self.scheduler.fork(figure.character, job), figure.text)
             if figure.place is not None:
-                twin.place = self._free_place()
-                self.detokenizer.copy(figure.place, twin.place)
-            for rows in figure.unread:  # the twin's world starts where the first one's newest frame is
-                twin.last = _stand(rows, twin.last)[2]
+                place = self._free_place()
+                self.detokenizer.copy(figure.place, place)
+                twin.place = place
+            seen = figure.reading
+            last = _stand(np.concatenate(seen.unread), seen.last)[2] if seen.unread else seen.last
+            # The twin's world starts where the first one's newest frame is.
+            twin.reading = _Reading(seen.read + seen.waiting, (), last)
             return self._add(twin)
 
     def redirect(self, handle: int, job: Job, carry: int, text: str) -> None:
@@ -170,23 +184,23 @@ class Crowd:
     def _detokenize(self) -> None:
         """Turn every token that is not yet detokenized into frames, one token a character at a time: the same pushes, and
         so the same bits, whatever was cut off before."""
-        while behind := [figure for figure in self._figures.values() if self._behind(figure)]:
-            block = torch.tensor([[f.character.tokens[self.detokenizer.pushed(self._placed(f))]] for f in behind])
-            self._keep(behind, self.detokenizer.push([self._placed(f) for f in behind], block))
-        ending = [f for f in self._figures.values() if f.character.state == "done" and not f.closed]
-        if ending:
-            self._keep(ending, self.detokenizer.finish([self._placed(f) for f in ending]))
-            for figure in ending:
+        figures = [f for f in self._figures.values() if not f.closed and not _lost(f) and f.character.tokens]
+        self._collect(figures)  # what an exception kept from being collected
+        while behind := [f for f in figures if not _lost(f) and self._pushed(f) < len(f.character.tokens)]:
+            block = torch.tensor([[f.character.tokens[self._pushed(f)]] for f in behind])
+            self.detokenizer.push([self._placed(f) for f in behind], block)
+            self._collect(behind)
+        done = [f for f in figures if f.character.state == "done"]
+        self.detokenizer.finish([place for place in map(self._placed, done) if not self.detokenizer.clips[place].ended])
+        self._collect(done)
+        for figure in figures:
+            if figure.character.state == "done":
                 figure.closed = True
-        for figure in self._figures.values():
-            if figure.waiting_frames > self._limit:
+            if figure.reading.waiting > self._limit:
                 figure.character.paused = True
 
-    def _behind(self, figure: _Figure) -> bool:
-        written = len(figure.character.tokens)
-        if figure.closed or _lost(figure) or not written:
-            return False
-        return self.detokenizer.pushed(self._placed(figure)) < written
+    def _pushed(self, figure: _Figure) -> int:
+        return self.detokenizer.clips[self._placed(figure)].pushed
 
     def _placed(self, figure: _Figure) -> int:
         """A figure's place in the detokenizer, taken when its first token comes."""
@@ -196,22 +210,25 @@ class Crowd:
             figure.place = place
         return figure.place
 
-    def _keep(self, figures: Sequence[_Figure], frames: Sequence[Tensor]) -> None:
-        for figure, rows in zip(figures, frames, strict=True):
-            if not len(rows):
+    def _collect(self, figures: Sequence[_Figure]) -> None:
+        """Take over the frames that the detokenizer has made since it was last asked."""
+        for figure in figures:
+            clip, seen = self.detokenizer.clips[self._placed(figure)], figure.reading
+            if clip.newest is None or clip.made == seen.read + seen.waiting:
                 continue
-            features = torch.addcmul(self._shift, rows, self._scale).float().cpu().numpy()
+            features = torch.addcmul(self._shift, clip.newest, self._scale).float().cpu().numpy()
             if np.isfinite(features).all():
-                figure.unread.append(features)
+                figure.reading = replace(seen, unread=(*seen.unread, features))
             else:
                 self.scheduler.fail(figure.character, "the model decoded to NaN or infinity; are its weights whole?")
 
     def _block(self, figure: _Figure) -> Motion:
-        features = np.concatenate(figure.unread)
-        rotations, root, last = _stand(features, figure.last)
+        seen = figure.reading
+        features = np.concatenate(seen.unread)
+        rotations, root, last = _stand(features, seen.last)
         motion = Motion(rotations=rotations.numpy(), root=root.numpy(), offsets=self.model.offsets, text=figure.text)
         motion.features = features
-        figure.unread, figure.last = [], last
+        figure.reading = _Reading(seen.read + len(features), (), last)
         return motion
 
 

@@ -45,6 +45,15 @@ class Job:
         return [self.text] if self.empty is None else [self.text, self.empty]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """The logits ``[rows, V]`` after ``written`` tokens, the last ``cached`` of which are behind the text in the cache."""
+
+    written: int
+    cached: int
+    logits: Tensor
+
+
 @dataclass(eq=False)
 class Character:
     """A job under way. ``tokens`` grows by one a step while the state is "running" and ``paused`` is not set."""
@@ -53,9 +62,10 @@ class Character:
     state: State = "queued"
     slots: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    cached: int = 0  # motion tokens behind the text in the cache
-    logits: tuple[int, Tensor] | None = None  # [rows, V] after as many tokens
+    seen: Seen | None = None  # None also after a step that was cut off: what the cache holds is then unknown
+    base: tuple[int, int] | None = None  # from which token to which one was prefilled; the later ones were decoded
     carry: int | None = None  # the tokens to prefill behind a new text
+    ended: bool = False  # drew the end token
     paused: bool = False
     error: str | None = None
     noise: tuple[int, Tensor] | None = None
@@ -68,8 +78,8 @@ class Character:
 class Scheduler:
     """Characters join and leave between steps, in the order in which they came; each one's tokens depend on its job alone.
 
-    Whatever an exception or Ctrl-C interrupts can be repeated: a step only puts whole results in place, and which slots are
-    free follows from the characters, so none can be lost.
+    Whatever an exception or Ctrl-C interrupts, wherever, can be repeated: a step only puts whole results in place, a cache
+    that was cut off is filled again as it was, and which slots are free follows from the characters, so none can be lost.
     """
 
     def __init__(self, backend: Backend, config: DecoderConfig, queue: int) -> None:
@@ -150,7 +160,7 @@ class Scheduler:
             raise UserError(f"expected a character that is under way, this one is {character.state}")
         if len(job.texts) != len(character.job.texts):
             raise UserError("guidance cannot be switched on or off while a character is under way")
-        character.job, character.logits, character.noise, character.carry = job, None, None, max(1, carry)
+        character.job, character.seen, character.noise, character.carry = job, None, None, max(1, carry)
 
     def step(self, now: float | None = None) -> list[Character]:
         """One token for every running character that is not paused; returns those that got one or ended.
@@ -160,6 +170,8 @@ class Scheduler:
         """
         now = time.monotonic() if now is None else now
         ended = []
+        for character in self.running:
+            self._settle(character)  # what an exception left undone
         self.characters = [character for character in self.characters if not character.over]
         for character in self.characters:
             if character.job.deadline is not None and now >= character.job.deadline:
@@ -184,42 +196,55 @@ class Scheduler:
 
     def _advance(self, characters: Sequence[Character]) -> None:
         """Bring everyone's logits up to the tokens written."""
-        late = []
+        late: list[tuple[Character, Seen]] = []
         for character in characters:
-            job, written = character.job, len(character.tokens)
-            if character.logits is not None and character.logits[0] == written:
+            seen, written = character.seen, len(character.tokens)
+            if seen is not None and seen.written == written:
                 continue
-            if not written or character.carry or character.cached >= job.window:
-                self._prefill(character, character.tokens[-(character.carry or job.keep) :])
+            if seen is None and character.base is not None and not character.carry:
+                self._replay(character, *character.base)
+            elif seen is None or seen.cached >= character.job.window:
+                self._prefill(character, max(0, written - (character.carry or character.job.keep)), written)
             else:
-                late.append(character)
-        slots = [slot for character in late for slot in character.slots]
+                late.append((character, seen))
+        slots = [slot for character, _ in late for slot in character.slots]
         if not slots:
             return
-        tokens = torch.tensor([c.tokens[-1] for c in late for _ in c.slots], device=self.backend.device)
+        tokens = torch.tensor([c.tokens[-1] for c, _ in late for _ in c.slots], device=self.backend.device)
+        for character, _ in late:
+            character.seen = None
         logits = self.backend.decode(slots, tokens)
-        for character, rows in zip(late, logits.split([len(c.slots) for c in late]), strict=True):
-            character.logits = (len(character.tokens), rows)
-            character.cached += 1
+        for (character, seen), rows in zip(late, logits.split([len(c.slots) for c, _ in late]), strict=True):
+            character.seen = Seen(len(character.tokens), seen.cached + 1, rows)
 
-    def _prefill(self, character: Character, tokens: list[int]) -> None:
+    def _prefill(self, character: Character, first: int, last: int) -> None:
+        """The text and the tokens from ``first`` to ``last``, the newest, into the character's slots."""
         try:
-            rows = [
-                self.backend.prefill(slot, text, tokens)
-                for slot, text in zip(character.slots, character.job.texts, strict=True)
-            ]
+            rows = self._prefilled(character, first, last)
         except Exception as error:
-            self._end(character, "failed", f"at token {len(character.tokens)}: {error}")
+            self._end(character, "failed", f"at token {last}: {error}")
             return
-        character.cached, character.logits = len(tokens), (len(character.tokens), torch.stack(rows))
-        character.carry = None
+        character.base, character.carry = (first, last), None
+        character.seen = Seen(last, last - first, torch.stack(rows))
+
+    def _prefilled(self, character: Character, first: int, last: int) -> list[Tensor]:
+        tokens, texts = character.tokens[first:last], character.job.texts
+        return [self.backend.prefill(slot, text, tokens) for slot, text in zip(character.slots, texts, strict=True)]
+
+    def _replay(self, character: Character, first: int, last: int) -> None:
+        """Fill the slots as they were filled before, to the same bits: prefill to ``last``, then token by token."""
+        logits, written = torch.stack(self._prefilled(character, first, last)), len(character.tokens)
+        for token in character.tokens[last:]:
+            row = torch.full((len(character.slots),), token, device=self.backend.device)
+            logits = self.backend.decode(character.slots, row)
+        character.seen = Seen(written, written - first, logits)
 
     @torch.inference_mode()
     def _draw(self, characters: Sequence[Character]) -> None:
         groups: dict[tuple[float, int, float], list[tuple[Character, Tensor]]] = {}
         for character in characters:
-            assert character.logits is not None
-            params, scores = character.job.params, self._scores(character, character.logits[1])
+            assert character.seen is not None
+            params, scores = character.job.params, self._scores(character, character.seen.logits)
             assert params.temperature is not None and params.top_k is not None and params.top_p is not None
             best = scores.max()
             if not best.isfinite():
@@ -261,13 +286,18 @@ class Scheduler:
         return character.noise[1][position - first]
 
     def _take(self, character: Character, token: int) -> None:
-        if token != self.config.end_id:
+        if token == self.config.end_id:
+            character.ended = True
+        else:
             character.tokens.append(token)
-        elif not character.tokens:
+        self._settle(character)
+
+    def _settle(self, character: Character) -> None:
+        if character.ended and not character.tokens:
             character.tokens.append(ENDED_AT_ONCE)
-        if token == self.config.end_id or len(character.tokens) >= character.job.most:
+        if character.ended or len(character.tokens) >= character.job.most:
             self._end(character, "done", None)
 
     def _end(self, character: Character, state: State, error: str | None) -> None:
         character.error, character.state = error, state
-        character.slots, character.logits, character.noise = [], None, None
+        character.slots, character.seen, character.noise = [], None, None

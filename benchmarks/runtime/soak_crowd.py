@@ -188,7 +188,7 @@ class Chaos:
 
     def _frames_before(self, handle: int) -> int:
         story = self.stories[handle]
-        return story.skipped + sum(map(len, story.frames)) + self.crowd._get(handle).waiting_frames
+        return story.skipped + sum(map(len, story.frames)) + self.crowd._get(handle).reading.waiting
 
     def redirect(self) -> None:
         handle = self.pick()
@@ -273,24 +273,31 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     chaos, began = Chaos(options.seed), time.process_time()
-    memory = []
-    for number in range(options.events):
+    memory: list[int] = []
+
+    def report(done: int) -> None:
+        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        result = {
+            "events": done,
+            "of": options.events,
+            "seed": options.seed,
+            "counts": dict(chaos.counts),
+            "cpu_s": round(time.process_time() - began, 1),
+            "peak_memory_mb_every_20th": memory,
+            "torch": torch.__version__,
+        }
+        print(json.dumps(result), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    part = max(1, options.events // 20)
+    for number in range(1, options.events + 1):
         chaos.event()
-        if number % max(1, options.events // 20) == 0:
-            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        if number % part == 0 and number < options.events:
+            report(number)
     chaos.finish()
     assert not chaos.crowd.scheduler.running and len(chaos.crowd.scheduler.free) == chaos.crowd.scheduler.backend.slots
-    report = {
-        "events": options.events,
-        "seed": options.seed,
-        "counts": dict(chaos.counts),
-        "cpu_s": round(time.process_time() - began, 1),
-        "peak_memory_mb_every_20th": memory,
-        "torch": torch.__version__,
-    }
-    print(json.dumps(report, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    report(options.events)
 
 
 if __name__ == "__main__":

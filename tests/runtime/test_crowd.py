@@ -1,5 +1,9 @@
 """The crowd through the engine: frames in any company, twins, readers who stop, errors in the middle, random stories."""
 
+import sys
+import threading
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -130,10 +134,75 @@ def test_frames_that_are_no_numbers_end_their_character_alone(soak) -> None:
     engine = soak.small_engine()
     handles = [engine.submit("walk", seconds=1, request=i) for i in range(2)]
     engine.step()
-    engine._start().detokenizer.lines[0].kept[1] = torch.nan
+    clips = engine._start().detokenizer.clips
+    clips[1] = replace(clips[1], kept=tuple(torch.full_like(line, torch.nan) for line in clips[1].kept))
     (good, state), (_, other) = (read(engine, handle) for handle in handles)
     assert (state, other) == ("done", "failed")
     np.testing.assert_allclose(good, engine.generate("walk", seconds=1)[0].features, atol=2e-6)
+
+
+def told(soak, interrupt: int | None) -> tuple[int, list]:
+    """Three characters, the fourth step of whom is cut off at its line number ``interrupt``; how many lines it has, and
+    everyone's frames and state."""
+    engine = soak.small_engine(causal=False)
+    wishes = [{"seconds": 0.5, "guidance": 2.0}, {"seconds": 4 / 15}, {"seconds": 13.0}]
+    handles = [engine.submit("walk", request=i, **wish) for i, wish in enumerate(wishes)]
+    for _ in range(3):
+        engine.step()
+    engine._start()._figures[handles[2]].character.job = replace(
+        engine._start().job(handles[2]), most=9, window=3, keep=2
+    )
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if not frame.f_code.co_filename.endswith(("scheduler.py", "crowd.py", "streaming.py", "backends/torch.py")):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == interrupt:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        engine.step()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return lines, [read(engine, handle) for handle in handles]
+
+
+def test_ctrl_c_anywhere_in_a_step_changes_nobodys_frames(soak) -> None:
+    lines, expected = told(soak, None)
+    assert [(len(frames), state) for frames, state in expected] == [(16, "done"), (8, "done"), (18, "done")]
+    for interrupt in range(1, lines, lines // 25):
+        _, got = told(soak, interrupt)
+        for (frames, state), (wanted, _) in zip(got, expected, strict=True):
+            assert state == "done" and np.array_equal(frames, wanted), f"cut off at line {interrupt} of {lines}"
+
+
+def test_calls_come_from_several_threads(soak) -> None:
+    engine, stop, errors = soak.small_engine(), threading.Event(), []
+
+    def steps() -> None:
+        try:
+            while not stop.is_set():
+                engine.step()
+        except Exception as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=steps)
+    worker.start()
+    frames = [read(engine, engine.submit("walk", seconds=0.2)) for _ in range(3)]
+    for _ in range(5):
+        engine.cancel(engine.submit("sit"))
+    stop.set()
+    worker.join()
+    assert not errors and len(engine._start().scheduler.free) == engine._start().scheduler.backend.slots
+    assert all(np.array_equal(frames[0][0], other) for other, _ in frames)
 
 
 class Stories(RuleBasedStateMachine):
