@@ -25,6 +25,9 @@ PACKAGES = {
     "viser": "kinetok view",
     "tensorboard": "kinetok train",
     "onnxruntime": "the onnx backend",
+    "onnx": "kinetok export",
+    "onnxruntime": "--backend onnx, kinetok verify",
+    "tensorrt-rtx-cu13": "kinetok export tensorrt-rtx",
     "triton": "GPU kernels",
 }
 
