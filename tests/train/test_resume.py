@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,20 @@ def test_a_run_killed_before_its_first_checkpoint_is_not_mixed_with_another(
     assert fit(line(), config, tmp_path, resume=True, identity={}).exists()
 
 
+def test_a_run_from_before_an_option_existed_goes_on(tmp_path: Path, line, config) -> None:
+    identity = {"loop": asdict(config)}
+    with pytest.raises(KeyboardInterrupt):
+        fit(line(stop=27), config, tmp_path, identity=identity)
+    state = torch.load(tmp_path / LAST, weights_only=True)
+    for name in ("schedule", "eps"):
+        del state["identity"]["identity"]["loop"][name]
+    save_whole(tmp_path / LAST, state)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(UserError, match="it differs in eps"):
+        fit(line(), config, tmp_path, resume=True, identity={"loop": asdict(replace(config, eps=1e-6))})
+    assert fit(line(), config, tmp_path, resume=True, identity=identity).exists()
+
+
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path: Path, line, config) -> None:
     fcntl = pytest.importorskip("fcntl", reason="the lock is POSIX's, and this is not a POSIX system")
     with (tmp_path / ".lock").open("w") as file:
@@ -148,3 +163,27 @@ def test_samples_change_nothing(tmp_path: Path, line, config) -> None:
 def test_save_whole_round_trip(tmp_path: Path) -> None:
     save_whole(tmp_path / "x.pt", {"a": torch.arange(3)})
     assert damage(tmp_path / "x.pt") is None and torch.load(tmp_path / "x.pt")["a"].tolist() == [0, 1, 2]
+
+
+def test_the_live_view(tmp_path: Path) -> None:
+    from contextlib import ExitStack
+    from io import StringIO
+
+    from rich.console import Console
+
+    from kinetok.train.journal import Journal
+
+    with ExitStack() as stack:
+        journal = Journal(tmp_path, 100, 7, stack)
+        journal.step(8, 1.25, 3e-4)
+        journal.write("train", 8, {"loss": 1.25, "grad_norm": 0.5})
+        shown = StringIO()
+        Console(file=shown, width=100).print(journal._view())
+    assert "1.2500" in shown.getvalue() and "0.0003" in shown.getvalue() and "8/100" in shown.getvalue()
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {
+        "kind": "train",
+        "step": 8,
+        "loss": 1.25,
+        "grad_norm": 0.5,
+    }
+    assert list(tmp_path.glob("events.*"))

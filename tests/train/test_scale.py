@@ -116,6 +116,20 @@ def test_passes_and_checkpointing_change_nothing(store: Path) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
+def test_compiled_blocks_are_whole_graphs(store: Path, monkeypatch) -> None:
+    compile_module = torch.nn.Module.compile
+    captured = {"backend": "aot_eager", "fullgraph": True}  # inductor's own work is torch's to test
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: compile_module(self, **given, **captured))
+    losses = []
+    for engine in ({}, {"compile": True}):
+        one = task(store, **engine)
+        one.module.train()
+        loss = one.passes(one.draw(np.random.default_rng(1)))["loss"]
+        loss.backward()
+        losses.append((loss.detach(), one.packed.decoder.blocks[0].qkv.weight.grad))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
+
+
 def test_draws_follow_the_reference(store: Path) -> None:
     one = task(store, replace(RECIPE, batch=3000))
     draw = one.draw(np.random.default_rng(0))
@@ -161,7 +175,8 @@ if "SLOW" in os.environ:
 from kinetok.errors import UserError
 try:
     data, tokenizer = folder / "store", folder / "tokenizer.pt"
-    scale.train(recipe=recipe, data=data, tokenizer=tokenizer, out=out, resume="RESUME" in os.environ)
+    engine = scale.Engine(pass_positions=90, checkpointing=True) if "PASSES" in os.environ else None
+    scale.train(recipe=recipe, data=data, tokenizer=tokenizer, out=out, resume="RESUME" in os.environ, engine=engine)
 except UserError as error:
     print("kinetok:", error, file=sys.stderr, flush=True)
     os._exit(2)
@@ -194,8 +209,9 @@ def losses(run: Path) -> list[tuple[str, int, float]]:
 
 
 def test_two_processes_are_one(store: Path, tmp_path: Path) -> None:
-    """FSDP2 over gloo: the same losses and weights within float tolerance; a cut checkpoint; resuming in one's stead."""
-    runs = {world: start(store, tmp_path / str(world), world, RECIPE) for world in (1, 2)}
+    """FSDP2 over gloo, in several passes with recomputed activations: one process's losses and weights within float
+    tolerance. Then a cut checkpoint, of which the one before takes the place."""
+    runs = {1: start(store, tmp_path / "1", 1, RECIPE), 2: start(store, tmp_path / "2", 2, RECIPE, PASSES="1")}
     for processes in runs.values():
         for process in processes:
             output, errors = process.communicate(timeout=300)
@@ -217,7 +233,7 @@ def test_two_processes_are_one(store: Path, tmp_path: Path) -> None:
     part = next(path for path in folders[1].iterdir() if path.suffix == ".distcp")
     part.write_bytes(part.read_bytes()[:-10])
     (tmp_path / "2" / "best.pt").unlink()
-    for process in (again := start(store, tmp_path / "2", 2, RECIPE, RESUME="1")):
+    for process in (again := start(store, tmp_path / "2", 2, RECIPE, RESUME="1", PASSES="1")):
         process.wait(timeout=300)
     output, errors = again[0].communicate()
     assert again[0].returncode == 0, errors
@@ -228,7 +244,7 @@ def test_two_processes_are_one(store: Path, tmp_path: Path) -> None:
 
 
 def test_a_dead_process_is_loud(store: Path, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, loop=replace(RECIPE.loop, steps=1000, save_every=1000, validate_every=1000))
+    recipe = replace(RECIPE, bf16=True, loop=replace(RECIPE.loop, steps=1000, save_every=1000, validate_every=1000))
     first, second = start(store, tmp_path / "run", 2, recipe, SLOW="1")
     assert second.stdout is not None
     while "step 2" not in second.stdout.readline():
@@ -239,6 +255,32 @@ def test_a_dead_process_is_loud(store: Path, tmp_path: Path) -> None:
     assert first.returncode == 2 and "process 0 of 2 lost another one" in errors and "--resume" in errors
     assert time.monotonic() - began < 300
     second.communicate()
+
+
+def test_one_process_from_store_to_model_with_samples(store: Path, tmp_path: Path) -> None:
+    from kinetok.model.pretrained import load_pretrained
+    from kinetok.train.scale import train
+
+    pytest.importorskip("PIL", reason="samples are drawn with pillow, which is not installed")
+    data = {"data": store / "store", "tokenizer": store / "tokenizer.pt", "out": tmp_path / "run"}
+    recipe = replace(RECIPE, bf16=True, loop=replace(RECIPE.loop, ema=None, clip_norm=None))
+    model = load_pretrained(train(recipe=recipe, steps=4, sample_every=2, **data), "cpu", "float32")
+    assert model.decoder.config == RECIPE.model and model.text_encoder == {"type": "none", "name": "numbers"}
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
+    head = model.decoder.head.weight
+    torch.testing.assert_close(head, best["decoder.head.weight"].half().float(), rtol=0, atol=0)
+    assert {f"step-{step:08d}-{n}.png" for step in (2, 4) for n in range(3)} <= {
+        path.name for path in (tmp_path / "run" / "samples").iterdir()
+    }
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert line["tokens"] > 100 and line["seconds_per_step"] > 0
+    with pytest.raises(UserError, match="a run is already here"):
+        train(recipe=recipe, steps=4, **data)
+    with pytest.raises(UserError, match="it differs in seed"):
+        train(recipe=recipe, steps=4, seed=5, resume=True, **data)
+    with pytest.raises(UserError, match="kinetok data tokens"):
+        (tmp_path / "other.pt").write_bytes((store / "tokenizer.pt").read_bytes() + b" ")
+        train(recipe=recipe, **{**data, "tokenizer": tmp_path / "other.pt"})
 
 
 def test_every_size_has_a_recipe_with_the_papers_numbers() -> None:

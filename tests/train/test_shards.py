@@ -283,3 +283,26 @@ def test_encoding_goes_on_where_it_was_interrupted(source: Path, tmp_path: Path,
     monkeypatch.setattr(sequences, "text_encoder", lambda spec: Encoder())
     write_text(store, {"type": "letters"})
     assert Encoder.calls == 26 + 1
+
+
+def test_the_command_line(source: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from kinetok.cli import app
+
+    (source / TEXTS / f"{NAMES[7]}.txt").unlink()
+
+    def said(*words: str) -> str:
+        result = CliRunner().invoke(app, ["data", *words])
+        return str(result.exception) if isinstance(result.exception, UserError) else result.stdout
+
+    told = said("import", str(source), "--out", str(tmp_path / "store"), "--shards")
+    assert "19 train, 5 val" in told and "left out 1" in told and "1  no captions: expected" in told
+    assert "it is there already" in said("import", str(source), "--out", str(tmp_path / "store"), "--shards")
+    report = json.loads(said("import", str(source), "--out", str(tmp_path / "two"), "--shards", "--json"))
+    assert report["clips"] == 24 and list(report["refused"]) == [f"{MOTIONS}/{NAMES[7]}.npy"]
+    assert "expected a trained tokenizer" in said(
+        "tokens", str(tmp_path / "two"), "--tokenizer", str(tmp_path / "x.pt")
+    )
+    assert "with its --name" in said("text", str(tmp_path / "two"), "--encoder", "flan-t5")
+    assert "expected a clip store" in said("text", str(tmp_path))
