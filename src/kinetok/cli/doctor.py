@@ -24,9 +24,8 @@ PACKAGES = {
     "imageio-ffmpeg": ".mp4",
     "viser": "kinetok view",
     "tensorboard": "kinetok train",
-    "onnxruntime": "the onnx backend",
+    "onnxruntime": "the onnx backend, kinetok verify",
     "onnx": "kinetok export",
-    "onnxruntime": "--backend onnx, kinetok verify",
     "tensorrt-rtx-cu13": "kinetok export tensorrt-rtx",
     "triton": "GPU kernels",
 }
