@@ -69,6 +69,8 @@ step correctness 170 "$PYTHON" benchmarks/kernels/check_gpu.py --json "$OUT/corr
 plain "${OPS[@]:0:2}"
 step decode 90 "$PYTHON" -m kinetok bench decode --device cuda --dtype bf16 --preset 7B --tokens 150 --peers hf,graph \
   --json "$OUT/decode_7B.json"
+step training 80 "$PYTHON" benchmarks/train/bench_train.py --device cuda --json "$OUT/train.json"
+step packing 30 "$PYTHON" benchmarks/train/bench_packing.py --device cuda --json "$OUT/train_packing.json"
 plain "${OPS[@]:2}"
 for op in "${OPS[@]}"; do
   kernel "$op" 60 --seconds 0.2 --json "$OUT/kernels_${op}_compile.json"
