@@ -20,6 +20,7 @@ from kinetok.model.pretrained import BANK, save_pretrained
 from kinetok.model.text_minilm import MiniLM
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.skeleton import CANONICAL_OFFSETS, FPS
+from kinetok.runtime.bench.machine import commit
 from kinetok.train.data.augment import heading, lengthen, liveliness, turn_caption
 from kinetok.train.data.store import Clip, mirror_words, read_clips
 from kinetok.train.loop import fit
@@ -73,8 +74,8 @@ def next_token_loss(decoder: MotionDecoder, states: Tensor, targets: Tensor) -> 
     """Mean cross-entropy of the head on ``states [B, T, d]``; targets ``[B, T]``, ``IGNORED`` where none counts."""
     if decoder.config.head_rows >= MANY_CLASSES:
         return linear_cross_entropy(states, decoder.head.weight, targets, IGNORED)
-    logits = decoder.head(states).float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    counted = targets != IGNORED  # about half of them: text and padding ask for no logits
+    return F.cross_entropy(decoder.head(states[counted]).float(), targets[counted])
 
 
 class DecoderTask:
@@ -219,8 +220,8 @@ def train(
     PromptBank.build(MINI_BANK, MiniLM(pooled_scale=POOLED_SCALE)).save(bank)
     return save_pretrained(
         Path(out) / "model",
-        tokenizer=motion,
-        # Half precision on disk only: a CPU runs it in fp32 again.
+        # Half precision on disk only: a CPU runs both in fp32 again, and the tokenizer always does.
+        tokenizer=motion.half(),
         decoder=task.module.eval().half(),
         mean=mean.numpy(),
         std=std.numpy(),
@@ -230,6 +231,7 @@ def train(
         provenance={
             "recipe": recipe,
             "seed": chosen.loop.seed,
+            "commit": commit(),
             "step": state["step"],
             "validation_loss": state["figures"]["loss"],
             "data": "the motion-capture set in data/cmu; parts of it were obtained from the CMU Graphics Lab Motion "

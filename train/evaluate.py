@@ -13,12 +13,12 @@ from kinetok.errors import UserError
 from kinetok.model.text_minilm import MiniLM
 from kinetok.motion.features import FEATURES
 from kinetok.runtime import Engine
+from kinetok.runtime.bench.machine import commit, machine
 from kinetok.train import metrics
 from kinetok.train.clip_cache import CachedEngine
 from kinetok.train.data.store import Clip
 from kinetok.train.evaluator import SmallEvaluator
 from kinetok.train.probes import PROBES, SECONDS, Probe, measure
-from kinetok.train.provenance import commit, machine
 from kinetok.train.reconstruction import paired, physical, reconstruct
 
 FORMAT, VERSION = "kinetok-evaluation", 1
@@ -213,7 +213,7 @@ def evaluate(
         "version": VERSION,
         "kinetok": __version__,
         "commit": commit(),
-        "machine": machine(),
+        "machine": machine(engine.model.decoder.embed.weight.device),
         "model": _about(engine, cached.digest),
         "evaluator": evaluator.metadata["provenance"],
         "settings": _plain(chosen),

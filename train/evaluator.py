@@ -21,11 +21,11 @@ from kinetok.model.released import check_keys
 from kinetok.model.tensor_files import Pieces, parse_json, read_safetensors, write_safetensors
 from kinetok.model.text_minilm import MiniLM
 from kinetok.motion.features import FEATURES
+from kinetok.runtime.bench.machine import commit
 from kinetok.train.data.stats import mean_std
 from kinetok.train.data.store import Clip, mirror_words, read_clips
 from kinetok.train.decoder import other_subjects
 from kinetok.train.loop import fit
-from kinetok.train.provenance import commit
 from kinetok.train.recipes import EvaluatorRecipe, evaluator_recipe
 from kinetok.train.tokenizer import draw_weights
 

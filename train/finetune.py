@@ -17,6 +17,7 @@ from kinetok.model.text_minilm import MAX_FEATURES
 from kinetok.motion.features import POSITIONS
 from kinetok.motion.quality import mpjpe
 from kinetok.motion.skeleton import CANONICAL_OFFSETS, JOINTS
+from kinetok.runtime.bench.machine import commit
 from kinetok.train.data.store import Clip, read_clips
 from kinetok.train.decoder import TEXT_ENCODER, DecoderTask
 from kinetok.train.loop import fit
@@ -117,6 +118,7 @@ def finetune(
     _bank(task, clips, bundle).save(Path(out) / BANK)
     provenance: dict[str, Any] = {
         "fine-tuned from": bundle.provenance,
+        "commit": commit(),
         "data": Path(data).resolve().name,
         "clips": len(clips),
         "seed": chosen.loop.seed,

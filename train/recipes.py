@@ -114,7 +114,7 @@ def mini_decoder() -> DecoderRecipe:
     return DecoderRecipe(
         model=DecoderConfig(n_layer=4, n_head=6, n_embd=192, codebook=15360, text_dim=384, tie_weights=True),
         loop=LoopConfig(
-            steps=4200,
+            steps=3200,
             lr=1e-3,
             betas=(0.9, 0.98),
             weight_decay=0.1,

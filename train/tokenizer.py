@@ -138,7 +138,7 @@ def train(
 ) -> Path:
     """Train a tokenizer; returns ``out/tokenizer.pt`` ({"config", "model", "mean", "std", "figures"}).
 
-    About 25 minutes for the mini recipe on one core. ``seed`` replaces the recipe's own.
+    About 25 minutes for the mini recipe on an idle core. ``seed`` replaces the recipe's own.
     """
     chosen = tokenizer_recipe(recipe)
     if seed is not None:

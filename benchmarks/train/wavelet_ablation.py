@@ -15,9 +15,9 @@ import torch
 
 from kinetok.errors import UserError
 from kinetok.files import whole_file
+from kinetok.runtime.bench.machine import commit, machine
 from kinetok.train.data.store import read_clips
 from kinetok.train.decoder import load_tokenizer
-from kinetok.train.provenance import commit, machine
 from kinetok.train.recipes import ABLATION, tokenizer_recipe
 from kinetok.train.reconstruction import reconstruct, reconstruction_figures
 from kinetok.train.tokenizer import train
@@ -163,7 +163,7 @@ def main() -> None:
         split: {name.removeprefix("real_"): value for name, value in first[split].items() if name.startswith("real_")}
         for split in ("val", "test")
     }
-    report = {"schema": 1, "commit": commit(), "machine": machine(), "real": real, "rows": rows}
+    report = {"schema": 1, "commit": commit(), "machine": machine(torch.device("cpu")), "real": real, "rows": rows}
     if arguments.json:
         with whole_file(arguments.json) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

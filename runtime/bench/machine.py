@@ -42,6 +42,15 @@ def _gpu(index: int) -> dict[str, Any]:
     return about | dict(zip(GPU_FIELDS, values if len(values) == len(GPU_FIELDS) else [None] * 6, strict=True))
 
 
+def commit() -> str:
+    """The short commit of this checkout, with ``-changed`` where tracked files differ; "unknown" outside of one."""
+    # An installed copy may lie inside somebody else's repository, whose commit says nothing about ours.
+    if _output("git", "ls-files", "--error-unmatch", HERE.name) is None:
+        return "unknown"
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", ":/")
+    return f"{_output('git', 'rev-parse', '--short', 'HEAD')}{'-changed' if changed else ''}"
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Device, driver, clocks as they stand now, versions and commit; None where something cannot be read."""
     triton: str | None
@@ -51,9 +60,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         triton = package.__version__
     except ImportError:
         triton = None
-    # An installed copy may lie inside somebody else's repository, whose commit says nothing about ours.
-    ours = _output("git", "ls-files", "--error-unmatch", HERE.name) is not None
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no", ":/") if ours else None
+    name = commit()
     return {
         **(
             _gpu(torch.cuda.current_device())
@@ -67,6 +74,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton,
-        "commit": _output("git", "rev-parse", "--short", "HEAD") if ours else None,
-        "uncommitted_changes": None if changed is None else bool(changed),
+        "commit": None if name == "unknown" else name.removesuffix("-changed"),
+        "uncommitted_changes": None if name == "unknown" else name.endswith("-changed"),
     }
