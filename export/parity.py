@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,45 +46,36 @@ class Parity:
 
 
 @torch.inference_mode()
-def compare(
-    model: ModelBundle,
-    texts: Sequence[Tensor],
-    steps: int,
-    *,
-    opset: int = 23,
-    progress: Callable[[int, int], None] | None = None,
-) -> Parity:
-    """Export ``model`` as fp32 and run both on text features ``[L_i, D]`` for ``steps`` greedy tokens each.
+def compare(model: ModelBundle, texts: Sequence[Tensor], steps: int, *, opset: int = 23) -> Parity:
+    """Export ``model`` as fp32 and run both on text features ``[L_i, D]``, all together, for ``steps`` greedy tokens each.
 
     Both get the tokens that the model chose (the end token is banned, so that every clip is as long), so that a tie does
     not make two clips of one.
     """
-    config, decoder = model.decoder.config, model.decoder
-    worst = largest = far = 0.0
+    config, decoder, rows = model.decoder.config, model.decoder, range(len(texts))
+    worst = largest = 0.0
     differing = ties = 0
     with tempfile.TemporaryDirectory() as folder:
         bundle = read_bundle(export_bundle(model, Path(folder) / "bundle", opset=opset, text=False, check=False))
         capacity = max(map(len, texts)) + steps
-        backend, detokenizer = OnnxBackend(bundle, 1, capacity), OnnxDetokenizer(bundle)
-        for done, text in enumerate(texts):
-            cache = decoder.new_cache(1, len(text) + steps)
-            wanted, got = decoder.prefill([text], cache)[0], backend.prefill(0, text)
-            tokens: list[int] = []
-            while True:
-                worst, largest = max(worst, float((wanted - got).abs().max())), max(largest, float(wanted.abs().max()))
-                own, other = wanted[: config.codebook], got[: config.codebook]
-                token = int(own.argmax())
-                if int(other.argmax()) != token:
-                    gap = float(own.max() - own[int(other.argmax())])
-                    ties, differing = (ties + 1, differing) if gap < TIE else (ties, differing + 1)
-                tokens.append(token)
-                if len(tokens) == steps:
-                    break
-                wanted = decoder.decode_step(torch.tensor([token]), cache)[0]
-                got = backend.decode([0], torch.tensor([token]))[0]
-            far = max(far, _distance(model, tokens, detokenizer))
-            if progress is not None:
-                progress(done + 1, len(texts))
+        backend, detokenizer = OnnxBackend(bundle, len(texts), capacity), OnnxDetokenizer(bundle)
+        cache = decoder.new_cache(len(texts), capacity)
+        wanted = decoder.prefill(texts, cache)
+        got = torch.stack([backend.prefill(row, text) for row, text in enumerate(texts)])
+        chosen: list[Tensor] = []
+        while True:
+            difference = float((wanted - got).abs().max())
+            worst = max(worst, difference if math.isfinite(difference) else math.inf)
+            largest = max(largest, float(wanted.abs().max()))
+            own = wanted[:, : config.codebook]
+            tokens, other = own.argmax(1), got[:, : config.codebook].argmax(1)
+            gaps = (own.amax(1) - own.gather(1, other[:, None])[:, 0])[other != tokens]
+            ties, differing = ties + int((gaps < TIE).sum()), differing + int((gaps >= TIE).sum())
+            chosen.append(tokens)
+            if len(chosen) == steps:
+                break
+            wanted, got = decoder.decode_step(tokens, cache), backend.decode(rows, tokens)
+        far = max(_distance(model, row.tolist(), detokenizer) for row in torch.stack(chosen, dim=1))
     return Parity(
         prompts=len(texts),
         steps=steps,

@@ -77,7 +77,7 @@ def build_engine(trt: Any, path: Path, sizes: Sizes, batches: Sequence[int], cap
     """
     said: list[str] = []
 
-    class Logger(trt.ILogger):  # type: ignore[misc,name-defined]
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

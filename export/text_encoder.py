@@ -40,10 +40,9 @@ def text_graph(encoder: MiniLM, weights: WeightFile, precision: str, opset: int)
         if bits or not half:
             y = linear(g, x, f"{name}.weight", tensors, products, (rows, columns), bits)
         else:
-            transposed = lambda: np.ascontiguousarray(  # noqa: E731
-                to_numpy(tensors(f"{name}.weight"), np.dtype(np.float16), name).T
-            )
-            y = g.node("MatMul", x, g.cast(g.weight(f"{name}.weight", transposed), np.float32))
+            half_type = np.dtype(np.float16)
+            held = g.weight(f"{name}.weight", lambda: to_numpy(tensors(f"{name}.weight").T, half_type, name))
+            y = g.node("MatMul", x, g.cast(held, np.float32))
         return g.node("Add", y, stored(f"{name}.bias"))
 
     def norm(x: str, name: str) -> str:

@@ -52,16 +52,20 @@ class Watch(threading.Thread):
 
 
 def drawn(shapes: dict[str, torch.Size]) -> Tensors:
-    """Each weight from a generator of its own, so that it is the same whenever it is asked for."""
+    """Each weight is a window into one sequence of random numbers, said over and over; the same whenever it is asked for.
+
+    Drawing all 6.9 billion would take longer than the export itself, which does not care what they are.
+    """
+    period = 4_194_301  # a prime, so that no two rows are alike
+    numbers = torch.randn(period, generator=torch.Generator().manual_seed(0)).half()
 
     def tensor(name: str) -> Tensor:
         shape = shapes[name]
         if name.endswith("scale"):
             return torch.ones(shape, dtype=torch.float16)
-        generator = torch.Generator().manual_seed(sum(name.encode()) * 1_000_003 + len(name))
-        # Bytes as small numbers: a normal draw of 6.7e9 numbers would take longer than the export itself.
-        values = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
-        return values.half().mul_(1 / (74 * shape[-1] ** 0.5))
+        count, start = shape.numel(), sum(name.encode()) * 7919 % period
+        values = numbers.roll(-start).repeat(-(-count // period))[:count].view(shape)
+        return values if name == "embed.weight" else values.mul_(shape[-1] ** -0.5)
 
     return tensor
 
