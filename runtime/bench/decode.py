@@ -40,7 +40,10 @@ MARGINS = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeSettings:
-    """What to measure: a preset's shape with random weights, "default" or ``model``: a model directory."""
+    """What to measure: a preset's shape with random weights, "default" or ``model``: a model directory.
+
+    onnx: the bundle of the same weights that the peer ort runs.
+    """
 
     preset: str = "111M"
     model: str | None = None
@@ -51,6 +54,7 @@ class DecodeSettings:
     text: int = 20
     repeats: int = 5
     peers: Sequence[str] = ()
+    onnx: str = ""
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -117,12 +121,11 @@ def agree(decoder: MotionDecoder, features: Tensor, ours: Tensor, theirs: Tensor
     }
 
 
-def route(name: str, decoder: MotionDecoder, batch: int, capacity: int) -> Any:
-    """ "ours" or a peer, ready for ``batch`` rows of ``capacity`` positions. Raises ``CannotRun`` with the reason."""
-    if name == "ort":
-        raise CannotRun("there is no ONNX export of these weights")
+def route(name: str, decoder: MotionDecoder, batch: int, capacity: int, onnx: str = "") -> Any:
+    """Ours or a peer, ready for ``batch`` rows of ``capacity`` positions. Raises ``CannotRun`` with the reason."""
     makers: dict[str, Callable[[], Any]] = {
-        "ours": lambda: Backended(decoder, batch, capacity),
+        "ours": lambda: Backended.ours(decoder, batch, capacity),
+        "ort": lambda: Backended.onnx(onnx, decoder, batch, capacity),
         "uncached": lambda: Uncached(decoder),
         "hf": lambda: HuggingFace(decoder),
         "compile": lambda: Compiled(decoder),
@@ -184,7 +187,7 @@ def measure(settings: DecodeSettings, tell: Callable[[str], None] = print) -> di
         for peer in ("ours", *settings.peers):
             began = time.perf_counter()
             try:
-                made = route(peer, decoder, batch, settings.text + max(settings.tokens))
+                made = route(peer, decoder, batch, settings.text + max(settings.tokens), settings.onnx)
             except CannotRun as error:
                 refused.append({"route": peer, "batch": batch, "reason": str(error)})
                 tell(f"{peer}: cannot run: {error}")

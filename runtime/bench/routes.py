@@ -19,6 +19,7 @@ from kinetok.kernels.rotary import apply_rotary
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.pretrained import build
+from kinetok.runtime.backends import Backend
 from kinetok.runtime.backends.torch import TorchBackend
 
 Mark = Callable[[], None]
@@ -70,20 +71,40 @@ class Uncached:
 
 
 class Backended:
-    """kinetok as an engine runs it: prefill and steps of its torch backend, all characters at once, without sampling."""
+    """kinetok as an engine runs it: prefill and steps of a backend, all characters at once, without sampling."""
 
-    name: ClassVar[str] = "ours"
+    def __init__(self, backend: Backend, config: DecoderConfig) -> None:
+        self.backend, self.config = backend, config
 
-    def __init__(self, decoder: MotionDecoder, batch: int, capacity: int) -> None:
-        if decoder.embed.weight.device.type == "cpu":
-            decoder = copy.deepcopy(decoder)  # the backend lays weights out anew, which peers must not gain or lose by
-        self.backend = TorchBackend(decoder, batch, capacity)
+    @classmethod
+    def ours(cls, decoder: MotionDecoder, batch: int, capacity: int) -> "Backended":
+        """The fused kernels on a GPU, torch on a CPU."""
+        if decoder.embed.weight.is_cuda:
+            from kinetok.runtime.backends.fused import FusedBackend
+
+            return cls(FusedBackend(decoder, batch, capacity), decoder.config)
+        # The backend lays weights out anew, which peers must neither gain nor lose by.
+        return cls(TorchBackend(copy.deepcopy(decoder), batch, capacity), decoder.config)
+
+    @classmethod
+    def onnx(cls, folder: str, decoder: MotionDecoder, batch: int, capacity: int) -> "Backended":
+        """A bundle of the same weights in ONNX Runtime."""
+        from kinetok.runtime.backends.onnx import OnnxBackend
+        from kinetok.runtime.bundle import read_bundle
+
+        if not folder:
+            raise CannotRun("there is no ONNX export of these weights: kinetok export onnx, then --onnx DIR")
+        try:
+            bundle = read_bundle(folder)
+            bundle.check_decoder(decoder.config)
+            return cls(OnnxBackend(bundle, batch, capacity, decoder.embed.weight.device), decoder.config)
+        except UserError as error:
+            raise CannotRun(str(error)) from error
 
     @torch.inference_mode()
     def run(self, features: Tensor, count: int, mark: Mark) -> Tensor:
-        backend = self.backend
+        backend, config = self.backend, self.config
         slots = range(len(features))
-        config = backend.decoder.config
         logits = torch.stack([backend.prefill(slot, features[slot]) for slot in slots])
         tokens = [_pick(logits, config)]
         mark()

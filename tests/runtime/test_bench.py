@@ -50,7 +50,7 @@ def test_every_peer_writes_our_tokens(peer: str, tied: bool) -> None:
         "hf": lambda: routes.HuggingFace(decoder),
     }[peer]()
     found = route.run(features, 12, lambda: marks.append(0))
-    ours = routes.Backended(decoder, 3, 24).run(features, 12, lambda: None)
+    ours = routes.Backended.ours(decoder, 3, 24).run(features, 12, lambda: None)
     assert found.tolist() == ours.tolist() and len(marks) == 12
     if not tied:
         assert len(ours.unique()) > 15
@@ -68,7 +68,7 @@ def test_a_report_has_every_figure_and_is_json(tiny) -> None:
     ]
     assert {found["route"]: found["reason"] for found in report["cannot_run"]} == {
         "graph": "a CUDA graph needs a CUDA device",
-        "ort": "there is no ONNX export of these weights",
+        "ort": "there is no ONNX export of these weights: kinetok export onnx, then --onnx DIR",
     }
     for row in report["rows"]:
         assert len(row["seconds"]) == 5 and len(row["itl_ms_by_position"]) == 5
@@ -93,7 +93,7 @@ def test_a_peer_with_other_tokens_gets_no_speed(tiny, monkeypatch) -> None:
 
 def test_near_ties_are_told_from_other_tokens(tiny) -> None:
     features = torch.randn(1, 4, 8)
-    ours = routes.Backended(tiny, 1, 24).run(features, 8, lambda: None)
+    ours = routes.Backended.ours(tiny, 1, 24).run(features, 8, lambda: None)
     assert decode.agree(tiny, features, ours, ours) == {
         "passed": True,
         "near_ties": 0,

@@ -71,6 +71,7 @@ def decode(
     tokens: Tokens = "50,150",
     text: Annotated[int, typer.Option(min=1, help="Positions of the text before them.")] = 20,
     peers: Annotated[str, typer.Option(help="Some of uncached,hf,compile,graph,ort to measure beside.")] = "",
+    onnx: Annotated[str, typer.Option(help="The bundle of the same model that ort runs.")] = "",
     repeats: Repeats = 5,
     threads: Threads = None,
     json_file: Json = None,
@@ -93,6 +94,7 @@ def decode(
         text=text,
         repeats=repeats,
         peers=[name for name in peers.split(",") if name],
+        onnx=onnx,
         note=note,
     )
     report = bench.measure(settings)
