@@ -13,7 +13,7 @@ extern "C" const kinetok::ort::abi::Base* OrtGetApiBase();
 
 namespace kinetok::ort {
 
-thread_local int inside = 0;
+thread_local int inside = 1;
 
 namespace {
 
@@ -58,6 +58,8 @@ Runtime::Runtime(const std::string& library) {
   KT_ORT_FUNCTIONS(KT_ORT_TAKE)
 #undef KT_ORT_TAKE
   check(api.create_env(abi::LOG_ERROR, "kinetok", &env), "starting");
+  // Official builds from 1.29 on report sessions and models over the network unless they are told not to.
+  check(api.disable_telemetry(env), "starting");
   check(api.create_cpu_memory(abi::ARENA_ALLOCATOR, abi::DEFAULT_MEMORY, &memory), "starting");
 }
 

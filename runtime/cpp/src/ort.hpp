@@ -10,7 +10,8 @@
 
 namespace kinetok::ort {
 
-// Counts the calls into ONNX Runtime that this thread is in, so that a test can tell its allocations from ours.
+// Not 0 while this thread is in a call into ONNX Runtime, so that a test can tell its allocations from ours. ONNX Runtime has
+// threads of its own, so it begins at 1; threads of ours set it to 0.
 extern thread_local int inside;
 
 class Runtime {

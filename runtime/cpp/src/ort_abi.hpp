@@ -38,6 +38,7 @@ struct Base {
 #define KT_ORT_FUNCTIONS(X)                                                                                              \
   X(error_message, 2, GetErrorMessage, const char*, (const Status*))                                                     \
   X(create_env, 3, CreateEnv, Status*, (int level, const char* id, Env**))                                               \
+  X(disable_telemetry, 6, DisableTelemetryEvents, Status*, (const Env*))                                                 \
   X(create_session, 7, CreateSession, Status*, (const Env*, const PathChar*, const SessionOptions*, Session**))          \
   X(run, 9, Run, Status*,                                                                                                \
     (Session*, const RunOptions*, const char* const* names, const Value* const* inputs, size_t, const char* const*,      \

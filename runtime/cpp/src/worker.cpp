@@ -12,6 +12,7 @@ constexpr int32_t ENDED_AT_ONCE = 1;  // the one token of a clip whose end token
 }  // namespace
 
 void Model::work() {
+  ort::inside = 0;
   while (true) {
     Order order{};
     {

@@ -1,0 +1,206 @@
+// The C border misused: every mistake is a status, and the model goes on.
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <thread>
+
+#include "check.hpp"
+#include "hosts.hpp"
+
+namespace fs = std::filesystem;
+
+TEST(null_is_an_argument_error) {
+  Host host(2);
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_model_open(nullptr, nullptr, &host.model));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_model_open(bundle_folder.c_str(), nullptr, nullptr));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_model_query(host.model, nullptr));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_joint(host.model, 0, 0, nullptr));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_bank_find(host.model, nullptr, nullptr));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_bank_text(host.model, 0, nullptr));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_character_defaults(host.model, nullptr));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_character_create(host.model, nullptr, nullptr));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_frame_floats(host.model, 0, nullptr));
+  const kt_character c = host.create();
+  uint32_t read = 7;
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_character_query(c, nullptr));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_prompt(c, nullptr));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, 0, nullptr, 0, 1, &read));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, 0, nullptr, 0, 0, nullptr));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_read_tokens(c, nullptr, 1, &read));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_fork(c, 0, 0, nullptr));
+  CHECK(read == 7);
+}
+
+TEST(stale_and_invented_handles_are_recognised) {
+  kt_model gone = 0;
+  kt_character orphan = 0;
+  {
+    Host host(2);
+    gone = host.model;
+    orphan = host.create();
+    CHECK_STATUS(KT_OK, kt_character_destroy(orphan));
+    CHECK_STATUS(KT_ERROR_HANDLE, kt_character_destroy(orphan));
+    const kt_character again = host.create();  // in the same place
+    CHECK(again != orphan);
+    CHECK_STATUS(KT_ERROR_HANDLE, kt_cancel(orphan));
+    CHECK_STATUS(KT_ERROR_HANDLE, kt_step(again, 0, nullptr));  // a character is no model
+    CHECK_STATUS(KT_ERROR_HANDLE, kt_cancel(host.model));       // nor a model a character
+    for (const uint64_t invented : {uint64_t{0}, uint64_t{1}, ~uint64_t{0}, gone ^ 1, gone ^ 0x100, again ^ (uint64_t{1} << 24), again ^ (uint64_t{1} << 63)}) {
+      CHECK_STATUS(KT_ERROR_HANDLE, kt_cancel(invented));
+      CHECK_STATUS(KT_ERROR_HANDLE, kt_step(invented, 0, nullptr));
+    }
+  }
+  CHECK_STATUS(KT_ERROR_HANDLE, kt_step(gone, 0, nullptr));
+  CHECK_STATUS(KT_ERROR_HANDLE, kt_model_close(gone));
+  CHECK_STATUS(KT_ERROR_HANDLE, kt_cancel(orphan));
+}
+
+TEST(another_thread_is_refused_until_it_adopts) {
+  Host host(1);
+  const kt_character c = host.create();
+  kt_status step = KT_OK, cancel = KT_OK, close = KT_OK, adopted = KT_ERROR_INTERNAL, after = KT_ERROR_INTERNAL;
+  std::thread other([&] {
+    step = kt_step(host.model, 0, nullptr), cancel = kt_cancel(c), close = kt_model_close(host.model);
+    adopted = kt_model_adopt(host.model), after = kt_step(host.model, 0, nullptr);
+  });
+  other.join();
+  CHECK(step == KT_ERROR_THREAD && cancel == KT_ERROR_THREAD && close == KT_ERROR_THREAD);
+  CHECK(adopted == KT_OK && after == KT_OK);
+  CHECK_STATUS(KT_ERROR_THREAD, kt_step(host.model, 0, nullptr));
+  CHECK_STATUS(KT_OK, kt_model_adopt(host.model));
+  CHECK_STATUS(KT_OK, kt_step(host.model, 0, nullptr));
+}
+
+TEST(another_abi_is_refused) {
+  Host host(1);
+  auto info = sized<kt_model_info>();
+  info.abi = 2;
+  CHECK_STATUS(KT_ERROR_VERSION, kt_model_query(host.model, &info));
+  info = sized<kt_model_info>();
+  for (const uint32_t size : {0u, 7u, static_cast<uint32_t>(sizeof info) + 4}) {
+    info.size = size;
+    CHECK_STATUS(KT_ERROR_VERSION, kt_model_query(host.model, &info));
+  }
+  info = sized<kt_model_info>();
+  info.size = 16;  // an older header's: what it does not know stays untouched
+  info.frame_rate = 12345;
+  CHECK_STATUS(KT_OK, kt_model_query(host.model, &info));
+  CHECK(info.joints == 22 && info.features == 272 && info.frame_rate == 12345);
+  auto options = sized<kt_model_options>();
+  options.abi = 0;
+  kt_model model = 0;
+  CHECK_STATUS(KT_ERROR_VERSION, kt_model_open(bundle_folder.c_str(), &options, &model));
+  CHECK(kt_version() == 100 && model == 0);
+}
+
+TEST(impossible_options_are_refused) {
+  const auto refused = [](auto change) {
+    auto options = sized<kt_model_options>();
+    change(options);
+    kt_model model = 0;
+    const kt_status status = kt_model_open(bundle_folder.c_str(), &options, &model);
+    CHECK(model == 0);
+    return status;
+  };
+  CHECK(refused([](auto& o) { o.characters = UINT32_MAX; }) == KT_ERROR_ARGUMENT);
+  CHECK(refused([](auto& o) { o.positions = UINT32_MAX; }) == KT_ERROR_ARGUMENT);
+  CHECK(refused([](auto& o) { o.ahead_frames = 1; }) == KT_ERROR_ARGUMENT);
+  CHECK(refused([](auto& o) { o.threads = 100000; }) == KT_ERROR_ARGUMENT);
+  CHECK(refused([](auto& o) { o.flags = 1u << 20; }) == KT_ERROR_ARGUMENT);
+  CHECK(refused([](auto& o) { o.provider = "NoSuchProvider"; }) == KT_ERROR_RUNTIME);
+  CHECK(refused([](auto& o) { o.onnxruntime = "/nowhere/libonnxruntime.so"; }) == KT_ERROR_RUNTIME);
+  CHECK(refused([](auto& o) { o.allocate = [](void*, size_t, size_t) -> void* { return nullptr; }; }) == KT_ERROR_ARGUMENT);
+  CHECK(refused([](auto& o) {
+          o.allocate = [](void*, size_t, size_t) -> void* { return nullptr; };
+          o.release = [](void*, void*, size_t) {};
+        }) == KT_ERROR_MEMORY);
+}
+
+TEST(damaged_bundles_are_refused) {
+  const fs::path copy = fs::path(scratch_folder) / "damaged";
+  const auto open = [&](uint32_t flags = KT_OPEN_NO_TEXT) {
+    auto options = sized<kt_model_options>();
+    options.flags = flags;
+    kt_model model = 0;
+    const kt_status status = kt_model_open(copy.string().c_str(), &options, &model);
+    if (status == KT_OK) kt_model_close(model);
+    return status;
+  };
+  const auto fresh = [&] {
+    fs::remove_all(copy);
+    fs::create_directories(copy);
+    for (const auto& entry : fs::directory_iterator(bundle_folder))
+      if (entry.path().filename() != "text_encoder.bin") fs::copy_file(entry.path(), copy / entry.path().filename());
+  };
+  fs::remove_all(copy);
+  CHECK_STATUS(KT_ERROR_BUNDLE, open());  // no folder
+  fresh();
+  CHECK_STATUS(KT_OK, open());
+  CHECK_STATUS(KT_ERROR_BUNDLE, open(0));  // without the text encoder's weights
+  fs::resize_file(copy / "weights.bin", fs::file_size(copy / "weights.bin") - 1);
+  CHECK_STATUS(KT_ERROR_BUNDLE, open());
+  fresh();
+  {
+    std::fstream file(copy / "weights.bin", std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(100000);
+    file.put(static_cast<char>(0x5a));
+  }
+  CHECK_STATUS(KT_ERROR_HASH, open());
+  CHECK_STATUS(KT_OK, open(KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES));
+  fresh();
+  {  // the same length, but no graph
+    std::ofstream file(copy / "decode.onnx", std::ios::binary);
+    file << std::string(fs::file_size(fs::path(bundle_folder) / "decode.onnx"), 'x');
+  }
+  CHECK_STATUS(KT_ERROR_HASH, open());
+  CHECK_STATUS(KT_ERROR_RUNTIME, open(KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES));
+  fs::resize_file(copy / "kinetok_bundle.json", 1000);
+  CHECK_STATUS(KT_ERROR_BUNDLE, open());
+  fs::remove_all(copy);
+}
+
+TEST(impossible_characters_and_prompts_are_refused) {
+  Host host(2);
+  kt_character_options how = host.defaults();
+  const auto refused = [&](auto change) {
+    kt_character_options changed = host.defaults();
+    change(changed);
+    kt_character c = 0;
+    return kt_character_create(host.model, &changed, &c);
+  };
+  CHECK(refused([](auto& o) { o.temperature = NAN; }) == KT_ERROR_ARGUMENT);
+  CHECK(refused([](auto& o) { o.temperature = 1e-9; }) == KT_ERROR_ARGUMENT);
+  CHECK(refused([](auto& o) { o.top_p = 0; }) == KT_ERROR_ARGUMENT);
+  CHECK(refused([](auto& o) { o.guidance = -1; }) == KT_ERROR_ARGUMENT);
+  CHECK(refused([](auto& o) { o.seconds = -1; }) == KT_ERROR_ARGUMENT);
+  CHECK(refused([](auto& o) { o.seconds = 1e9; }) == KT_ERROR_ARGUMENT);
+  how.seconds = INFINITY;
+  const kt_character c = host.create(&how);
+  const auto prompt = [&](auto change) {
+    auto source = sized<kt_prompt_source>();
+    change(source);
+    return kt_prompt(c, &source);
+  };
+  float numbers[400] = {};
+  CHECK(prompt([](auto&) {}) == KT_ERROR_ARGUMENT);
+  CHECK(prompt([](auto& p) { p.banked = 1, p.text = "a"; }) == KT_ERROR_ARGUMENT);
+  CHECK(prompt([](auto& p) { p.banked = 100000; }) == KT_ERROR_ARGUMENT);
+  CHECK(prompt([&](auto& p) { p.features = numbers; }) == KT_ERROR_ARGUMENT);
+  CHECK(prompt([&](auto& p) { p.features = numbers, p.rows = UINT32_MAX; }) == KT_ERROR_ARGUMENT);
+  numbers[383] = NAN;
+  CHECK(prompt([&](auto& p) { p.features = numbers, p.rows = 1; }) == KT_ERROR_ARGUMENT);
+  CHECK(prompt([](auto& p) { p.text = "no encoder here"; }) == KT_ERROR_STATE);
+  uint32_t id = 0;
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_bank_find(host.model, "nobody says this", &id));
+  auto joint = sized<kt_joint_info>();
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_joint(host.model, 22, 0, &joint));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_joint(host.model, 0, KT_LAYOUT_FEATURES, &joint));
+  kt_character twin = 0;
+  CHECK_STATUS(KT_ERROR_STATE, kt_fork(c, 1, 1, &twin));
+  const kt_character second = host.create();
+  kt_character third = 0;
+  CHECK_STATUS(KT_ERROR_FULL, kt_character_create(host.model, nullptr, &third));
+  CHECK_STATUS(KT_OK, kt_character_destroy(second));
+  CHECK_STATUS(KT_OK, kt_character_create(host.model, nullptr, &third));
+}

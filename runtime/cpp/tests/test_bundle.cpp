@@ -1,0 +1,68 @@
+// The manifest: strict JSON, every number in bounds, nothing outside its folder.
+#include <filesystem>
+#include <fstream>
+
+#include "bundle.hpp"
+#include "check.hpp"
+#include "wordpiece.hpp"
+
+using namespace kinetok;
+
+static std::string manifest() { return read_file(bundle_folder + "/kinetok_bundle.json", 64u << 20); }
+
+static std::string changed(const std::string& from, const std::string& to) {
+  std::string text = manifest();
+  const size_t at = text.find(from);
+  CHECK(at != std::string::npos);
+  return text.replace(at, from.size(), to);
+}
+
+TEST(json_is_strict) {
+  for (const char* good : {"{}", "[1, -2.5e3, \"a\\u00e9\\ud83d\\ude00\\n\", true, false, null]", " {\"a\": {\"b\": []}} ", "0"}) Json::parse(good);
+  for (const char* bad : {"", "{", "[1,]", "{\"a\" 1}", "nan", "inf", "1e999", "\"\\ud800\"", "\"\n\"", "[1] 2", "tru", "\"\\x\"", "+1", "{1: 2}", "\"a"})
+    CHECK(thrown([bad] { Json::parse(bad); }) == KT_ERROR_BUNDLE);
+  CHECK(thrown([] { Json::parse(std::string(100000, '[')); }) == KT_ERROR_BUNDLE);
+  CHECK(Json::parse("\"\\u00e9\\ud83d\\ude00\"").string("x") == "\xc3\xa9\xf0\x9f\x98\x80");
+}
+
+TEST(a_manifest_cut_anywhere_is_refused) {
+  const std::string text = manifest();
+  const size_t end = text.find_last_of('}');
+  for (size_t at = 0; at < end; at += 1 + end / 97) CHECK(thrown([&] { Bundle::parse(std::string_view(text).substr(0, at)); }) == KT_ERROR_BUNDLE);
+}
+
+TEST(impossible_manifests_are_refused) {
+  const std::pair<const char*, const char*> changes[] = {
+      {"\"kinetok-bundle\"", "\"another\""},
+      {"\"layers\": 4", "\"layers\": 1e15"},
+      {"\"layers\": 4", "\"layers\": 0"},
+      {"\"heads\": 6", "\"heads\": -6"},
+      {"\"heads\": 6", "\"heads\": 6.5"},
+      {"\"end_id\": 4375", "\"end_id\": 4376"},
+      {"\"positions\": 301", "\"positions\": 1"},
+      {"\"kv_dtype\": \"float32\"", "\"kv_dtype\": \"bfloat16\""},
+      {"\"frames_per_token\": 2", "\"frames_per_token\": 0"},
+      {"\"prefill.onnx\"", "\"../prefill.onnx\""},
+      {"\"file\": \"bank.bin\"", "\"file\": \"/etc/passwd\""},
+      {"\"row\": 3,", "\"row\": 99999999,"},
+      {"\"top_p\": 0.9", "\"top_p\": 2"},
+      {"\"decoder\": {", "\"decode\": {"},
+  };
+  for (const auto& [from, to] : changes) {
+    const std::string text = changed(from, to);
+    if (thrown([&] { Bundle::parse(text); }) != KT_ERROR_BUNDLE) throw Failure(std::string("accepted ") + to);
+  }
+  CHECK(thrown([] { Bundle::parse(changed("\"version\": 1", "\"version\": 2")); }) == KT_ERROR_VERSION);
+  Bundle::parse(changed("\"version\": 1", "\"unknown\": [1], \"version\": 1"));
+}
+
+TEST(sentences_that_are_no_utf8_are_refused) {
+  const Bundle bundle(bundle_folder);
+  WordPiece words(bundle.text, read_file(bundle.file(bundle.text.vocab, false), 64u << 20));
+  int64_t ids[200];
+  for (const char* bad : {"\x80", "\xc3", "\xc0\x80", "\xed\xa0\x80", "\xf4\x90\x80\x80", "a\xff", "\xe2\x82"})
+    CHECK(thrown([&] { words.encode(bad, ids, bundle.text.max_ids); }) == KT_ERROR_ARGUMENT);
+  CHECK(thrown([&] { words.encode(std::string(WordPiece::MOST_BYTES + 1, 'a'), ids, bundle.text.max_ids); }) == KT_ERROR_ARGUMENT);
+  CHECK(words.encode(std::string(WordPiece::MOST_BYTES, '.'), ids, bundle.text.max_ids) == bundle.text.max_ids);
+  CHECK(words.encode("", ids, bundle.text.max_ids) == 2 && ids[0] == bundle.text.start_id && ids[1] == bundle.text.end_id);
+}
