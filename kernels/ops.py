@@ -16,6 +16,8 @@ A family is a folder: ``reference.py`` (the definition in plain torch: CPU kerne
 The public function checks its arguments (``UserError``) and picks the route::
 
     def rms_norm(x, weight, eps=1e-5):
+        check_floats(x=x, weight=weight)
+        check_device(x, weight)
         return (_rms_norm if takes_op(x) else reference.rms_norm)(x, weight, eps)
 
 An op's result must not be one of its inputs or a view of one (torch refuses it), so definitions that may return their
@@ -31,10 +33,15 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 
-from kinetok.errors import missing_package
+from kinetok.errors import UserError, missing_package
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
-"""Op overload to definition, for ``ExportedProgram.run_decompositions``: what remains is aten alone."""
+"""Op overload to definition, for ``ExportedProgram.run_decompositions``: what remains is aten alone.
+
+Operators that write into their arguments stay: torch functionalises them before it looks here.
+"""
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+WHOLE = torch.int64, torch.int32
 
 
 def kernel_op(definition: Callable[..., Any], *, mutates_args: tuple[str, ...] = ()) -> CustomOpDef:
@@ -72,3 +79,50 @@ def takes_op(*tensors: Tensor) -> bool:
     torch's compiler) at the first.
     """
     return any(tensor.is_cuda for tensor in tensors) or torch.compiler.is_compiling()
+
+
+def check_device(*tensors: Tensor | None) -> None:
+    """Raise ``UserError`` unless all tensors lie on one device: a kernel would read another's addresses as its own."""
+    devices = [tensor.device for tensor in tensors if tensor is not None]
+    if any(device != devices[0] for device in devices):
+        raise UserError(f"expected tensors on one device, got {', '.join(map(str, dict.fromkeys(devices)))}")
+
+
+def check_floats(**tensors: Tensor | None) -> None:
+    """Raise ``UserError`` unless the named tensors hold fp16, bf16, fp32 or fp64."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise UserError(f"{name}: expected fp16, bf16, fp32 or fp64, got {tensor.dtype}")
+
+
+def check_whole(**tensors: Tensor | None) -> None:
+    """Raise ``UserError`` unless the named tensors hold int32 or int64."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in WHOLE:
+            raise UserError(f"{name}: expected int32 or int64, got {tensor.dtype}")
+
+
+def check_caches(shape: tuple[int, int, int], k_cache: Tensor, v_cache: Tensor, kv_scale: Tensor | None) -> None:
+    """Raise ``UserError`` unless both caches are contiguous ``[rows, heads, S, head_dim]`` of one S and dtype.
+
+    shape is (rows, heads, head_dim). A float8_e4m3fn cache, and no other, comes with ``kv_scale [2, rows, heads]`` in fp32.
+    """
+    rows, heads, head_dim = shape
+    for cache in (k_cache, v_cache):
+        if (
+            cache.ndim != 4
+            or (*cache.shape[:2], cache.shape[3]) != shape
+            or cache.shape != k_cache.shape
+            or cache.dtype != k_cache.dtype
+            or not cache.is_contiguous()
+        ):
+            raise UserError(
+                f"expected contiguous caches [{rows}, {heads}, S, {head_dim}] of one size and dtype, got "
+                f"{list(k_cache.shape)} {k_cache.dtype} and {list(v_cache.shape)} {v_cache.dtype}"
+            )
+    if (k_cache.dtype == torch.float8_e4m3fn) != (kv_scale is not None):
+        raise UserError(f"expected kv_scale with a float8_e4m3fn cache and only there, got a cache of {k_cache.dtype}")
+    if kv_scale is None:
+        check_floats(k_cache=k_cache)
+    elif kv_scale.shape != (2, rows, heads) or kv_scale.dtype != torch.float32:
+        raise UserError(f"expected kv_scale [2, {rows}, {heads}] in fp32, got {list(kv_scale.shape)} {kv_scale.dtype}")

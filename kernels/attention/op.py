@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.kernels.attention import backends, reference
-from kinetok.kernels.ops import kernel_op, takes_op
+from kinetok.kernels.ops import check_caches, check_device, check_floats, check_whole, kernel_op, takes_op
 
 LARGEST_HEAD = 128
 
@@ -106,9 +106,12 @@ def prefix_attention(
         raise UserError(
             f"expected q, k and v [B, T, H, hd] of one shape and dtype, got {[[*x.shape, x.dtype] for x in (q, k, v)]}"
         )
+    check_floats(q=q)
     for given in (text_lengths, lengths):
-        if given is not None and (given.shape != rows or given.is_floating_point()):
-            raise UserError(f"expected lengths {list(rows)} of whole numbers, got {list(given.shape)} {given.dtype}")
+        if given is not None and given.shape != rows:
+            raise UserError(f"expected lengths {list(rows)}, got {list(given.shape)}")
+    check_whole(text_lengths=text_lengths, lengths=lengths)
+    check_device(q, k, v, text_lengths, lengths)
     if backend is None and takes_op(q):
         return _through_op(q, k, v, text_lengths, lengths)
     if backend is not None:
@@ -135,16 +138,15 @@ def decode_attention(
     or the lengths, and adds the parts in order; there, and with "sdpa" on a CPU, a row's bits do not depend on the others.
     Raises ``UserError`` where shapes, dtypes or the slab's layout do not fit, or the backend does not run here.
     """
-    if q.ndim != 3 or lengths.shape != q.shape[:1] or lengths.is_floating_point():
-        raise UserError(
-            f"expected q [B, H, hd] and lengths [B] of whole numbers, got {list(q.shape)} and {list(lengths.shape)}"
-        )
+    if q.ndim != 3 or lengths.shape != q.shape[:1]:
+        raise UserError(f"expected q [B, H, hd] and lengths [B], got {list(q.shape)} and {list(lengths.shape)}")
     rows, heads, head_dim = q.shape
-    for cache in (k_cache, v_cache):
-        if cache.shape[:2] != (rows, heads) or cache.shape[3] != head_dim or not cache.is_contiguous():
-            raise UserError(f"expected contiguous caches [{rows}, {heads}, S, {head_dim}], got {list(cache.shape)}")
-    if (k_cache.dtype == torch.float8_e4m3fn) != (kv_scale is not None):
-        raise UserError(f"expected kv_scale with a float8_e4m3fn cache and only there, got a cache of {k_cache.dtype}")
+    check_floats(q=q)
+    check_whole(lengths=lengths)
+    check_caches((rows, heads, head_dim), k_cache, v_cache, kv_scale)
+    if kv_scale is None and k_cache.dtype != q.dtype:
+        raise UserError(f"expected caches of q's dtype or float8_e4m3fn, got {k_cache.dtype} with a q of {q.dtype}")
+    check_device(q, k_cache, v_cache, lengths, kv_scale)
     if backend is None and takes_op(q):
         return _decode_attention(q, k_cache, v_cache, lengths, kv_scale)
     if backend is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from kinetok.errors import UserError
 from kinetok.kernels.cross_entropy import reference
 from kinetok.kernels.cross_entropy.chunks import linear_cross_entropy_sum
-from kinetok.kernels.ops import DECOMPOSITIONS, kernel_op
+from kinetok.kernels.ops import DECOMPOSITIONS, check_device, check_floats, kernel_op
 
 _sum = kernel_op(linear_cross_entropy_sum)
 # The chunks depend on the targets, which a recorded program cannot know.
@@ -52,6 +52,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     chunk is ever alive; weight's gradient is added up over the chunks in weight's dtype. The gradients are computed in the
     same pass as the loss. Raises ``UserError`` for shapes and dtypes that do not fit and for targets that are no class.
     """
+    check_device(hidden, weight, targets)
+    check_floats(hidden=hidden, weight=weight)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -66,7 +68,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
             "expected hidden [..., d], weight [V, d] and targets [...], "
             f"got {list(hidden.shape)}, {list(weight.shape)} and {list(targets.shape)}"
         )
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point() or targets.dtype != torch.int64:
+    if hidden.dtype != weight.dtype or targets.dtype != torch.int64:
         raise UserError(
             "expected hidden and weight of one floating dtype and int64 targets, "
             f"got {hidden.dtype}, {weight.dtype} and {targets.dtype}"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.kernels.detokenizer import reference
-from kinetok.kernels.ops import kernel_op, takes_op
+from kinetok.kernels.ops import check_device, check_floats, check_whole, kernel_op, takes_op
 
 _fsq_conv = kernel_op(reference.fsq_conv)
 _conv_idwt = kernel_op(reference.conv_idwt)
@@ -62,9 +62,14 @@ def fsq_conv(
     it and takes no padding. The result has the dtype of the table; fp32 inside on a GPU. A row's bits do not depend on
     the other rows. No gradient. Raises ``UserError`` for shapes that do not fit.
     """
-    if indices.ndim != 2 or indices.dtype not in (torch.int32, torch.int64):
-        raise UserError(f"expected int32 or int64 indices [B, T], got {indices.dtype} {list(indices.shape)}")
-    if table.ndim != 3 or table.shape[1] != len(levels) + 1 or bias.shape != table.shape[2:]:
+    if indices.ndim != 2:
+        raise UserError(f"expected indices [B, T], got {list(indices.shape)}")
+    check_whole(indices=indices)
+    check_floats(table=table)
+    check_device(indices, table, bias)
+    if bias.dtype != table.dtype:
+        raise UserError(f"expected table and bias of one dtype, got {table.dtype} and {bias.dtype}")
+    if table.ndim != 3 or not len(table) or table.shape[1] != len(levels) + 1 or bias.shape != table.shape[2:]:
         raise UserError(
             f"expected a table [taps, {len(levels) + 1}, out] and bias [out], got {list(table.shape)} "
             f"and {list(bias.shape)}"
@@ -92,16 +97,27 @@ def conv_idwt(
     and fp32 sums, and a row's bits do not depend on the other rows. No gradient.
     Raises ``UserError`` for shapes that do not fit, and for fp64 on a GPU.
     """
-    if x.ndim != 3 or weight.ndim != 3 or x.shape[2] != weight.shape[2] or bias.shape != weight.shape[:1]:
+    if (
+        x.ndim != 3
+        or weight.ndim != 3
+        or not weight.shape[1]
+        or x.shape[2] != weight.shape[2]
+        or bias.shape != weight.shape[:1]
+    ):
         raise UserError(
             f"expected x [B, T, in], weight [out, taps, in] and bias [out], got {list(x.shape)}, {list(weight.shape)} "
             f"and {list(bias.shape)}"
         )
+    check_floats(x=x, scale=scale, shift=shift)
+    check_device(x, weight, bias, scale, shift)
+    if weight.dtype != x.dtype or bias.dtype != x.dtype:
+        raise UserError(f"expected x, weight and bias of one dtype, got {x.dtype}, {weight.dtype} and {bias.dtype}")
     if not 0 <= levels <= 6 or weight.shape[0] % 2**levels:
         raise UserError(f"levels: expected 0 to 6 and a multiple of 2^levels outputs, got {levels}, {weight.shape[0]}")
     width = weight.shape[0] // 2**levels
     if (scale is None) != (shift is None) or any(t is not None and t.shape != (width,) for t in (scale, shift)):
-        raise UserError(f"expected both scale and shift of shape [{width}], or neither")
+        got = [None if t is None else list(t.shape) for t in (scale, shift)]
+        raise UserError(f"expected both scale and shift of shape [{width}], or neither, got {got[0]} and {got[1]}")
     if x.is_cuda and x.dtype == torch.float64:
         raise UserError("conv_idwt: float64 runs on a CPU only")
     _check(x, weight.shape[1], padding, dilation)

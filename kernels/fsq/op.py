@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.kernels.fsq import reference
-from kinetok.kernels.ops import kernel_op, takes_op
+from kinetok.kernels.ops import check_device, check_floats, check_whole, kernel_op, takes_op
 
 
 @kernel_op
@@ -89,7 +89,12 @@ _fsq_quantize.register_autograd(_quantize_backward, setup_context=_save_quantize
 
 
 def _check_levels(levels: Sequence[int]) -> None:
-    if not levels or min(levels) < 2 or torch.Size(levels).numel() >= 2**31:
+    if (
+        not levels
+        or any(level != int(level) for level in levels)
+        or min(levels) < 2
+        or torch.Size(levels).numel() >= 2**31
+    ):
         raise UserError(f"levels: expected whole numbers of at least 2 whose product fits in int32, got {list(levels)}")
 
 
@@ -101,9 +106,9 @@ def _check_projection(weight: Tensor, bias: Tensor, shape: tuple[int, int]) -> N
         )
 
 
-def _check_indices(indices: Tensor) -> None:
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise UserError(f"expected int32 or int64 indices, got {indices.dtype}")
+def _check_row(x: Tensor, levels: Sequence[int]) -> None:
+    if x.shape[-1:] != (len(levels),):
+        raise UserError(f"expected {len(levels)} numbers a row, one a level, got {list(x.shape[-1:])}")
 
 
 def fsq_encode(x: Tensor, weight: Tensor | None, bias: Tensor | None, levels: Sequence[int]) -> Tensor:
@@ -113,12 +118,14 @@ def fsq_encode(x: Tensor, weight: Tensor | None, bias: Tensor | None, levels: Se
     fp32 inside (fp64 for fp64 on a CPU). No gradient. Raises ``UserError`` for shapes that do not fit.
     """
     _check_levels(levels)
+    check_floats(x=x, weight=weight, bias=bias)
+    check_device(x, weight, bias)
     if (weight is None) != (bias is None):
         raise UserError("expected both weight and bias of the projection, or neither")
-    if weight is not None and bias is not None:
+    if weight is not None and bias is not None and x.ndim:
         _check_projection(weight, bias, (len(levels), x.shape[-1]))
-    elif x.shape[-1] != len(levels):
-        raise UserError(f"expected {len(levels)} numbers a row, one a level, got {x.shape[-1]}")
+    else:
+        _check_row(x, levels)
     return (_fsq_encode if takes_op(x) else reference.fsq_encode)(x, weight, bias, levels)
 
 
@@ -129,8 +136,12 @@ def fsq_decode(indices: Tensor, weight: Tensor, bias: Tensor, levels: Sequence[i
     numbers without meaning. Raises ``UserError`` for shapes that do not fit.
     """
     _check_levels(levels)
-    _check_indices(indices)
-    _check_projection(weight, bias, (weight.shape[0], len(levels)))
+    check_whole(indices=indices)
+    check_floats(weight=weight)
+    check_device(indices, weight, bias)
+    _check_projection(weight, bias, (weight.shape[0] if weight.ndim else 0, len(levels)))
+    if bias.dtype != weight.dtype:
+        raise UserError(f"expected weight and bias of one dtype, got {weight.dtype} and {bias.dtype}")
     return (_fsq_decode if takes_op(indices) else reference.fsq_decode)(indices, weight, bias, levels)
 
 
@@ -142,8 +153,8 @@ def fsq_quantize(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     are differentiated. Raises ``UserError`` for another n.
     """
     _check_levels(levels)
-    if z.shape[-1] != len(levels):
-        raise UserError(f"expected {len(levels)} numbers a row, one a level, got {z.shape[-1]}")
+    check_floats(z=z)
+    _check_row(z, levels)
     codes, indices = (_fsq_quantize if takes_op(z) else reference.fsq_quantize)(z, levels)
     return codes, indices
 
@@ -151,5 +162,5 @@ def fsq_quantize(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
 def fsq_dequantize(indices: Tensor, levels: Sequence[int]) -> Tensor:
     """Integer indices ``[...]`` in [0, prod(levels)) to fp32 codes ``[..., n]``."""
     _check_levels(levels)
-    _check_indices(indices)
+    check_whole(indices=indices)
     return (_fsq_dequantize if takes_op(indices) else reference.fsq_dequantize)(indices, levels)

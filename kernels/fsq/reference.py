@@ -73,7 +73,10 @@ def fsq_dequantize(indices: Tensor, levels: Sequence[int]) -> Tensor:
 
 def fsq_encode(x: Tensor, weight: Tensor | None, bias: Tensor | None, levels: Sequence[int]) -> Tensor:
     """``kinetok.kernels.fsq_encode``: int32 indices ``[...]`` of ``x [..., C]``."""
-    z = x if weight is None else F.linear(x, weight, bias)
+    z = x
+    if weight is not None and bias is not None:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        z = F.linear(x.to(wide), weight.to(wide), bias.to(wide))
     return _indices(fsq_bound(z, levels).round(), levels)
 
 

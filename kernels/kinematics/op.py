@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.kernels.kinematics import reference
-from kinetok.kernels.ops import kernel_op, takes_op
+from kinetok.kernels.ops import check_device, kernel_op, takes_op
 
 _pose_from_features = kernel_op(reference.pose_from_features)
 
@@ -36,6 +36,7 @@ def pose_from_features(features: Tensor, offsets: Tensor, parents: Sequence[int]
         raise UserError(f"expected features and offsets both in fp32 or fp64, got {features.dtype} and {offsets.dtype}")
     if list(parents[:1]) != [-1] or any(not 0 <= parent < joint for joint, parent in enumerate(parents[1:], start=1)):
         raise UserError(f"expected -1 and then an earlier joint each as parents, got {list(parents)}")
+    check_device(features, offsets)
     learns = torch.is_grad_enabled() and (features.requires_grad or offsets.requires_grad)
     route = _pose_from_features if takes_op(features) and not learns else reference.pose_from_features
     return route(features, offsets, list(parents))

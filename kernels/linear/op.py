@@ -6,7 +6,7 @@ from torch import Tensor
 from kinetok.errors import UserError
 from kinetok.kernels.linear import reference
 from kinetok.kernels.linear.packing import PackedWeight
-from kinetok.kernels.ops import kernel_op, takes_op
+from kinetok.kernels.ops import check_device, kernel_op, takes_op
 
 # The counters are zero again when the kernel ends, so they are not declared as changed.
 _packed_linear = kernel_op(reference.packed_linear)
@@ -56,6 +56,7 @@ def linear(
         raise UserError(
             f"expected a residual {[x.shape[0], columns]} of {x.dtype}, got {list(residual.shape)} of {residual.dtype}"
         )
+    check_device(x, weight.data, residual)
     multiply = _packed_linear if takes_op(x) else reference.packed_linear
     return multiply(
         x,

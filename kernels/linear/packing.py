@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
+from kinetok.kernels.ops import check_device, check_floats
 
 ROWS = 64  # of a tile: the fewest that a Hopper matrix instruction (wgmma) takes
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -96,6 +97,8 @@ def pack(
         raise UserError(f"group: expected one of {GROUPS.get(kind, (0,))} for {kind}, got {group}")
     if weight.ndim != 2 or not weight.numel() or (paired and len(weight) % 2):
         raise UserError(f"expected a weight [{'even ' if paired else ''}N, K], got {list(weight.shape)}")
+    check_floats(weight=weight, norm_scale=norm_scale)
+    check_device(weight, norm_scale)
     rows, columns = weight.shape
     wide = weight.detach().float()
     if norm_scale is not None:

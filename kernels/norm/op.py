@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.kernels.norm import reference
-from kinetok.kernels.ops import kernel_op, takes_op
+from kinetok.kernels.ops import check_device, check_floats, kernel_op, takes_op
 
 _rms_norm = kernel_op(reference.rms_norm)
 _add_rms_norm = kernel_op(reference.add_rms_norm)
@@ -59,6 +59,7 @@ _add_rms_norm.register_autograd(_backward_add, setup_context=_save_add)
 def _check(x: Tensor, scale: Tensor) -> None:
     if x.ndim == 0 or scale.ndim != 1 or x.shape[-1] != scale.shape[0]:
         raise UserError(f"expected x [..., d] and scale [d], got {list(x.shape)} and {list(scale.shape)}")
+    check_floats(x=x, scale=scale)
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
@@ -66,9 +67,10 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
 
     The result has the wider of the two dtypes. The definition computes in x's dtype, rounding after each step; the
     Triton kernel computes in fp32 and rounds once. A row's bits do not depend on the other rows.
-    Raises ``UserError`` where scale is not ``[d]``.
+    Raises ``UserError`` where scale is not ``[d]``, and for other dtypes than floats and tensors on two devices.
     """
     _check(x, scale)
+    check_device(x, scale)
     return (_rms_norm if takes_op(x) else reference.rms_norm)(x, scale, eps)
 
 
@@ -84,4 +86,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, scale: Tensor, eps: float = 1e-5) 
             f"expected x and residual of one shape and dtype, got {list(x.shape)} {x.dtype} "
             f"and {list(residual.shape)} {residual.dtype}"
         )
+    check_device(x, residual, scale)
     return (_add_rms_norm if takes_op(x) else reference.add_rms_norm)(x, residual, scale, eps)

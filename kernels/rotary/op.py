@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.kernels.ops import kernel_op, takes_op
-from kinetok.kernels.rotary import reference
+from kinetok.kernels.ops import check_caches, check_device, check_floats, check_whole, kernel_op, takes_op
+from kinetok.kernels.rotary import cpu, reference
 
 _apply_rotary = kernel_op(reference.apply_rotary)
 _apply_rotary_backward = kernel_op(reference.apply_rotary_backward)
@@ -51,10 +51,14 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     """Rotate the pairs (2m, 2m + 1) of ``x [B, T, H, head_dim]`` by ``table [B or 1, T, head_dim / 2, 2]`` (section 3).
 
     table holds cosines and sines (``rotary_table``). Computed in fp32 and rounded to x's dtype; with a gradient wrt x.
-    Raises ``UserError`` where the shapes do not fit.
+    Raises ``UserError`` where shapes, dtypes or devices do not fit.
     """
+    if x.ndim != 4:
+        raise UserError(f"expected x [B, T, H, head_dim], got {list(x.shape)}")
     _check_table(x.shape, table)
-    return (_apply_rotary if takes_op(x) else reference.apply_rotary)(x, table)
+    check_floats(x=x, table=table)
+    check_device(x, table)
+    return (_apply_rotary if takes_op(x) else cpu.apply_rotary)(x, table)
 
 
 def rotary_kv_write(
@@ -67,15 +71,16 @@ def rotary_kv_write(
     A float8_e4m3fn cache needs ``kv_scale [2, B, H]`` fp32: it holds k / kv_scale[0] and v / kv_scale[1], clamped to +-448
     (fill kv_scale with one number for a scale per tensor). Positions outside the cache are the caller's error, which only
     the CPU notices; the GPU leaves them out. No gradient.
-    Raises ``UserError`` where shapes, dtypes or the cache's layout do not fit.
+    Raises ``UserError`` where shapes, dtypes, devices or the cache's layout do not fit.
     """
-    _check_table((*qkv.shape[:2], *qkv.shape[3:]), table)
-    rows, _, _, heads, head_dim = qkv.shape
-    for cache in (k_cache, v_cache):
-        if cache.shape[:2] != (rows, heads) or cache.shape[3] != head_dim or not cache.is_contiguous():
-            raise UserError(f"expected contiguous caches [{rows}, {heads}, S, {head_dim}], got {list(cache.shape)}")
-    if (k_cache.dtype == torch.float8_e4m3fn) != (kv_scale is not None):
-        raise UserError(f"expected kv_scale with a float8_e4m3fn cache and only there, got a cache of {k_cache.dtype}")
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or starts.shape != qkv.shape[:1]:
+        raise UserError(f"expected qkv [B, T, 3, H, hd] and starts [B], got {list(qkv.shape)} and {list(starts.shape)}")
+    rows, positions, _, heads, head_dim = qkv.shape
+    _check_table((rows, positions, heads, head_dim), table)
+    check_floats(qkv=qkv, table=table)
+    check_whole(starts=starts)
+    check_caches((rows, heads, head_dim), k_cache, v_cache, kv_scale)
+    check_device(qkv, table, starts, k_cache, v_cache, kv_scale)
     return (_rotary_kv_write if takes_op(qkv) else reference.rotary_kv_write)(
         qkv, table, starts, k_cache, v_cache, kv_scale
     )

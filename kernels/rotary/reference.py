@@ -34,7 +34,8 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
 
 def apply_rotary_backward(grad: Tensor, table: Tensor) -> Tensor:
     """The gradient wrt x: a rotation is undone by its negative angle."""
-    return apply_rotary(grad, table * table.new_tensor((1.0, -1.0)))
+    cos, sin = table.unbind(-1)
+    return apply_rotary(grad, torch.stack((cos, -sin), dim=-1))
 
 
 def rotary_kv_write(

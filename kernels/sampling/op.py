@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.kernels.linear import PackedWeight
-from kinetok.kernels.ops import kernel_op, takes_op
+from kinetok.kernels.ops import check_device, check_floats, kernel_op, takes_op
 from kinetok.kernels.sampling import reference
 from kinetok.kernels.sampling.state import SamplingState
 
@@ -68,6 +68,8 @@ def sample_step(
         raise UserError(f"expected logits [{state.seed.shape[0]}, V], got {list(logits.shape)}")
     if empty is not None and empty.shape != logits.shape:
         raise UserError(f"expected empty logits {list(logits.shape)}, got {list(empty.shape)}")
+    check_floats(logits=logits, empty=empty)
+    check_device(logits, empty, state.seed)
     step = _sample_step if takes_op(logits) else reference.sample_step
     return step(
         logits,
@@ -104,6 +106,7 @@ def greedy_step(
     if x.shape != (state.seed.shape[0], head.columns) or head.paired:
         raise UserError(f"expected x [{state.seed.shape[0]}, {head.columns}] and an unpaired head, got {list(x.shape)}")
     head.check_dtype(x)
+    check_device(x, head.data, state.seed)
     step = _greedy_step if takes_op(x) else reference.greedy_step
     return step(
         x,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.kernels.ops import kernel_op, takes_op
+from kinetok.kernels.ops import FLOATS, kernel_op, takes_op
 from kinetok.kernels.wavelet import cpu, reference
 
 Wavelet = Literal["haar", "db2", "db3", "db4"]
@@ -18,7 +18,7 @@ GAINS = {"patcher": 0.5, "orthonormal": 1.0}  # the patcher halves the orthonorm
 
 
 def _check(x: Tensor, levels: int, wavelet: str, scale: str, tree: str, channels_last: bool) -> None:
-    if x.ndim != 3 or not x.is_floating_point():
+    if x.ndim != 3 or x.dtype not in FLOATS:
         layout = "[B, T, C]" if channels_last else "[B, C, T]"
         raise UserError(f"expected floating-point numbers of shape {layout}, got {x.dtype} {list(x.shape)}")
     if not 0 <= levels <= 6:

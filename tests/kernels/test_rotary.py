@@ -6,7 +6,7 @@ import torch
 
 from kinetok.errors import UserError
 from kinetok.kernels.ops import DECOMPOSITIONS
-from kinetok.kernels.rotary import apply_rotary, reference, rotary_kv_write, rotary_table
+from kinetok.kernels.rotary import apply_rotary, cpu, reference, rotary_kv_write, rotary_table
 
 OPS = torch.ops.kinetok
 FLOAT8 = torch.float8_e4m3fn
@@ -60,6 +60,39 @@ def test_kernel_against_float64(launcher, device, shape: tuple[int, ...], dtype:
         close(launcher("rotary").apply_rotary(x, rows), exact(x, rows))
         turned_back = launcher("rotary").apply_rotary_backward(x, rows)
         close(turned_back, exact(x, rows * torch.tensor([1.0, -1.0], device=device)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("head_dim", [32, 96, 128])
+def test_cpu_route_has_the_definitions_bits(head_dim: int, dtype: torch.dtype) -> None:
+    packed = torch.randn(2, 5, 3, 7, head_dim).to(dtype)
+    odd = torch.randn(1 + 2 * 5 * 7 * head_dim).to(dtype)[1:].view(2, 5, 7, head_dim)  # starts at an odd number
+    table = rotary_table(40, head_dim)
+    for x in (packed[:, :, 1], packed.flatten(2, 3)[:, 1:2], odd, packed[:0, :, 0]):
+        for rows in (
+            table[None, 30 : 30 + x.shape[1]],
+            table[torch.randint(40, x.shape[:2])],
+            table[None, :1].expand(1, x.shape[1], -1, -1),
+        ):
+            assert torch.equal(cpu.apply_rotary(x, rows), reference.apply_rotary(x, rows))
+    x = packed[:, :, 0].double().requires_grad_()
+    pull = torch.randn_like(x)
+    (grad,) = torch.autograd.grad((apply_rotary(x, table[None, :5]) * pull).sum(), x)
+    torch.testing.assert_close(grad, reference.apply_rotary_backward(pull, table[None, :5]))
+
+
+def test_kernel_and_definition_on_extreme_values(launcher, device) -> None:
+    """Next to the largest numbers, subnormal, infinite and no number: each pair keeps its own."""
+    x = torch.randn(1, 2, 2, 32, device=device)
+    x[0, 0, 0, :8] = torch.tensor([1e38, -1e38, 1e-40, 1e-38, torch.inf, 1.0, torch.nan, 0.0], device=device)
+    table = rotary_table(9, 32).to(device)[None, 7:]
+    wanted = exact(x, table)
+    wanted[0, 0, 0, 4:8] = torch.nan  # checked apart: infinity times a cosine less infinity times a sine may be either
+    for route in (launcher("rotary").apply_rotary, reference.apply_rotary, apply_rotary):
+        mine = route(x, table)
+        assert not mine[0, 0, 0, 4:8].isfinite().any()
+        mine[0, 0, 0, 4:8] = torch.nan
+        torch.testing.assert_close(mine.double(), wanted, rtol=1e-6, atol=2e-6, equal_nan=True)
 
 
 def test_kernel_reads_strides(launcher, device) -> None:
