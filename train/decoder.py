@@ -227,7 +227,7 @@ def train(
         std=std.numpy(),
         skeleton_offsets=CANONICAL_OFFSETS,
         text_encoder=TEXT_ENCODER,
-        sampling={"temperature": 1.0, "top_p": 0.9, "guidance": 2.5, "min_seconds": 2.0},
+        sampling={"temperature": 1.0, "top_p": 0.95, "guidance": 1.5, "min_seconds": 2.0},
         provenance={
             "recipe": recipe,
             "seed": chosen.loop.seed,
