@@ -30,17 +30,18 @@ def gumbel(count: int, seed: Tensor, position: Tensor, request: Tensor) -> Tenso
     return -log_fp32(-log_fp32(uniform))
 
 
-def _keep(scaled: Tensor, top_k: Tensor, share: Tensor) -> Tensor:
+def _keep(scaled: Tensor, top_k: Tensor | None, share: Tensor) -> Tensor:
     """Which tokens of ``scaled [B, V]`` may be drawn; all that tie with the last one are kept.
 
-    top_k, share ``[B]`` or ``[1]``: share is top-p in 65536ths.
+    top_k, share ``[B]`` or ``[1]``: share is top-p in 65536ths. top_k None spares its sort where no row has a limit.
     """
     classes = scaled.shape[1]
     keep = scaled > -torch.inf
-    cut = ((top_k > 0) & (top_k < classes))[:, None]
-    falling = scaled.sort(dim=1, descending=True).values
-    place = (top_k - 1).clamp(0, classes - 1).long()[:, None].expand(len(scaled), -1)
-    keep &= ~cut | (scaled >= falling.gather(1, place))
+    if top_k is not None:
+        cut = ((top_k > 0) & (top_k < classes))[:, None]
+        falling = scaled.sort(dim=1, descending=True).values
+        place = (top_k - 1).clamp(0, classes - 1).long()[:, None].expand(len(scaled), -1)
+        keep &= ~cut | (scaled >= falling.gather(1, place))
     kept = scaled.where(keep, -torch.inf)
     weights = exp2_weight((kept - kept.amax(1, keepdim=True)) * LOG2_E)
     falling = weights.sort(dim=1, descending=True).values
@@ -87,7 +88,8 @@ def draw(
     scores = scaled + noise
     if top_k or top_p < 1:
         share = torch.tensor([share_of(top_p)], device=logits.device)
-        scores = scores.where(_keep(scaled, torch.tensor([top_k], device=logits.device), share), -torch.inf)
+        most = torch.tensor([top_k], device=logits.device) if top_k else None
+        scores = scores.where(_keep(scaled, most, share), -torch.inf)
     return scores.argmax(1)
 
 
