@@ -54,7 +54,7 @@ bench: $(STAMP) ## the benchmarks: figures on the screen and in benchmarks/resul
 	$(BIN)/kinetok bench tokenizer --preset default --json benchmarks/results/tokenizer_default_cpu.json
 	$(BIN)/python benchmarks/runtime/bench_default.py --json benchmarks/results/default_cpu.json
 
-train: $(STAMP) ## train the default model's recipe on data/cmu, under an hour on two cores; resumes
+train: $(STAMP) ## train the default model's recipe on data/cmu, about 85 minutes of one core; resumes
 	$(BIN)/kinetok train tokenizer --recipe mini --resume
 	$(BIN)/kinetok train decoder --recipe mini --resume
 
