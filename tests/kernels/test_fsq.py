@@ -152,6 +152,31 @@ def test_kernels_take_strides_and_nothing(launcher: Launcher, device: torch.devi
     )
 
 
+def test_kernels_without_projection_take_strides(launcher: Launcher, device: torch.device) -> None:
+    kernels = launcher("fsq")
+    z = problem(24, 3, LEVELS)[0].to(device).view(2, 12, 3)
+    for apart in (z.transpose(0, 1), z[:, ::3], z.transpose(1, 2).contiguous().transpose(1, 2)):
+        (codes, indices), (plain, same) = kernels.fsq_quantize(apart, LEVELS), reference.fsq_quantize(apart, LEVELS)
+        assert torch.equal(indices, same) and torch.equal(codes, plain)
+        assert torch.equal(kernels.fsq_dequantize(indices.T, LEVELS), reference.fsq_dequantize(indices.T, LEVELS))
+        pull = codes.transpose(0, 1).contiguous().transpose(0, 1)
+        slope = kernels.fsq_quantize_backward(pull, apart, LEVELS)
+        torch.testing.assert_close(slope, reference.fsq_quantize_backward(pull, apart, LEVELS), atol=1e-6, rtol=1e-5)
+
+
+def test_projections_at_extreme_values(launcher: Launcher, device: torch.device) -> None:
+    """Latents beyond every level end at the first or last one; large weights come out as large as they are."""
+    kernels = launcher("fsq")
+    weight, bias = torch.eye(3, 5, device=device), torch.zeros(3, device=device)
+    x = torch.tensor([[1e30, -1e30, 0, 1, 1], [-1e38, 1e38, 1e38, 0, 0], [1e-40, 0.0, 0, 0, 0]], device=device)
+    indices = kernels.fsq_encode(x, weight, bias, LEVELS)
+    assert torch.equal(indices, reference.fsq_encode(x, weight, bias, LEVELS))
+    assert int(indices.min()) >= 0 and int(indices.max()) < 240
+    big = torch.full((4, 3), 1e37, device=device)
+    frames = kernels.fsq_decode(indices, big, big[:, 0], LEVELS)
+    torch.testing.assert_close(frames, reference.fsq_decode(indices, big, big[:, 0], LEVELS), rtol=1e-6, atol=1e30)
+
+
 def test_op_gradients() -> None:
     """Straight through the rounding: the op's gradient is autograd's of the bounded value over its half width, in fp64."""
     z = torch.randn(40, 3, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What holds for every operator: inputs that do not fit are a ``UserError``."""
+"""What holds for every operator: inputs that do not fit are a ``UserError``, and its decomposition leaves aten alone."""
 
 from collections.abc import Callable, Iterator
 
@@ -19,7 +19,9 @@ from kinetok.kernels import (
     sampling,
     wavelet,
 )
+from kinetok.kernels.ops import DECOMPOSITIONS
 
+OPS = torch.ops.kinetok
 LEVELS = (8, 6, 5)
 FLOAT8 = torch.float8_e4m3fn
 HEAD, PAIRED = linear.pack(torch.ones(10, 6), "fp32"), linear.pack(torch.ones(10, 6), "int8", paired=True)
@@ -134,3 +136,48 @@ def test_two_caches_of_two_sizes_are_refused() -> None:
         rotary.rotary_kv_write(numbers(2, 1, 3, 2, 8), table(1), ids(2), keys, short)
     with pytest.raises(UserError, match="one size and dtype"):
         attention.decode_attention(numbers(2, 2, 8), keys, short, ids(2))
+
+
+def rows_of(count: int) -> Tensor:
+    return numbers(2, count, 2, 8)
+
+
+GRADIENTS: dict[str, Case] = {
+    "fsq_quantize_backward": (lambda g, z: OPS.fsq_quantize_backward(g, z, LEVELS), (numbers(2, 3), numbers(2, 3))),
+    "rms_norm_backward": (
+        lambda g, x, s: OPS.rms_norm_backward(g, g, x, s, 1e-5),
+        (numbers(2, 6), numbers(2, 6), numbers(6)),
+    ),
+    "apply_rotary_backward": (OPS.apply_rotary_backward, (rows_of(3), table(3))),
+    "prefix_attention_backward": (
+        OPS.prefix_attention_backward,
+        (*(rows_of(5) for _ in range(4)), ids(2), ids(2) * 4, rows_of(5), numbers(2, 2, 5)),
+    ),
+}
+
+
+class Call(torch.nn.Module):
+    def __init__(self, call: Callable[..., object]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *args: Tensor) -> object:
+        return self.call(*args)
+
+
+def test_every_operator_decomposes_to_aten() -> None:
+    """All but those that write into their arguments, which torch functionalises before it looks at the table."""
+    writers = {op for op in DECOMPOSITIONS if op._schema.is_mutable}
+    seen = set(writers)
+    for name, (call, args) in {**PUBLIC, **GRADIENTS}.items():
+        if "float8" in name or name in ("pack", *(op._schema.name.removeprefix("kinetok::") for op in writers)):
+            continue
+        program = torch.export.export(Call(call), args)
+        mine = {node.target for node in program.graph.nodes} & set(DECOMPOSITIONS)
+        assert mine, name
+        seen |= mine
+        plain = program.run_decompositions(DECOMPOSITIONS)
+        left = {str(node.target) for node in plain.graph.nodes if node.op == "call_function"}
+        assert all(target.startswith(("aten.", "<built-in function getitem>")) for target in left), (name, left)
+        torch.testing.assert_close(plain.module()(*args), call(*args), atol=1e-5, rtol=1e-5)
+    assert seen == set(DECOMPOSITIONS)
