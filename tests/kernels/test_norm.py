@@ -95,6 +95,10 @@ def test_extreme_values(launcher, device) -> None:
         torch.testing.assert_close(kernels.rms_norm(x, scale, EPS).double(), exact(x, scale), **rounding(x.dtype))
         y, total = kernels.add_rms_norm(x, residual, scale, EPS)
         torch.testing.assert_close(y.double(), exact(total, scale), **rounding(x.dtype))
+        wide, gain = x.double().requires_grad_(), scale.double().requires_grad_()
+        pull = torch.autograd.grad((exact(wide, gain) * residual.double()).sum(), (wide, gain))
+        for mine, wanted in zip(kernels.rms_norm_backward(residual, None, x, scale, EPS), pull, strict=True):
+            torch.testing.assert_close(mine.double(), wanted, rtol=1e-5, atol=float(wanted.abs().max()) * 1e-5)
     residual[1, 3] = torch.nan
     y, total = kernels.add_rms_norm(x, residual, scale, EPS)
     assert y.isnan().any(1).tolist() == [False, True] and y[1].isnan().all() and total.isnan().sum() == 1
