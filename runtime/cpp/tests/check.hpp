@@ -30,23 +30,17 @@ struct Registration {
   static const Registration registered_##name(#name, test_##name); \
   static void test_##name()
 
-#define CHECK(condition)                                                                                         \
-  do {                                                                                                           \
-    if (!(condition)) throw Failure(std::string(__FILE__) + ":" + std::to_string(__LINE__) + ": " + #condition); \
+// Out of line: thousands of these are compiled.
+[[noreturn]] void fail_check(const char* file, int line, const char* what);
+void check_status(const char* file, int line, const char* call, kt_status expected, kt_status got);
+
+#define CHECK(condition)                                         \
+  do {                                                           \
+    if (!(condition)) fail_check(__FILE__, __LINE__, #condition); \
   } while (false)
 
 // The call gives this status, and where it is an error a line that says something.
-#define CHECK_STATUS(expected, call)                                                                                      \
-  do {                                                                                                                    \
-    const kt_status got = (call);                                                                                         \
-    if (got != (expected))                                                                                                \
-      throw Failure(std::string(__FILE__) + ":" + std::to_string(__LINE__) + ": " + #call + ": expected " +              \
-                    kt_status_name(expected) + ", got " + kt_status_name(got) + ": " + (got ? kt_last_error() : ""));    \
-    if (got != KT_OK) {                                                                                                   \
-      const std::string line = kt_last_error();                                                                           \
-      if (line.size() < 10 || line.find('\n') != std::string::npos) throw Failure("not one line: \"" + line + "\"");      \
-    }                                                                                                                     \
-  } while (false)
+#define CHECK_STATUS(expected, call) check_status(__FILE__, __LINE__, #call, expected, call)
 
 template <typename Body>
 kt_status thrown(Body body) {
