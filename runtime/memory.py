@@ -16,7 +16,7 @@ GIGA = 1e9
 PRECISIONS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.01, "int4": 0.54}
 OTHERS = 150e6  # the tokenizer in fp32, its buffers, activations
 LADDER = ("7B", "3B", "default")
-DEFAULT = DecoderConfig(n_layer=4, n_head=6, n_embd=192, codebook=4375, text_dim=384)
+DEFAULT = DecoderConfig(n_layer=4, n_head=6, n_embd=192, codebook=15360, text_dim=384, tie_weights=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -107,17 +106,17 @@ class OneProcess:
 @contextlib.contextmanager
 def _alone(run: Path) -> Iterator[None]:
     """Hold the run's folder, so that a second process with the same --out is refused while this one lives."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
+    from filelock import FileLock, Timeout  # torch brings it
 
-    with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{run}: another process is training in this folder; name another with --out") from error
+    lock = FileLock(run / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{run}: another process is training in this folder; name another with --out") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _with_defaults(identity: Any) -> Any:

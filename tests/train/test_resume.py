@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from kinetok.errors import UserError
 from kinetok.train.checkpoints import LAST, PREVIOUS, damage, save_whole
@@ -100,11 +101,8 @@ def test_a_run_from_before_an_option_existed_goes_on(tmp_path: Path, line, confi
 
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path: Path, line, config) -> None:
-    fcntl = pytest.importorskip("fcntl", reason="the lock is POSIX's, and this is not a POSIX system")
-    with (tmp_path / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is training"):
-            fit(line(), config, tmp_path, identity={})
+    with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match="another process is training"):
+        fit(line(), config, tmp_path, identity={})
 
 
 @pytest.mark.parametrize("file", ["checkpoint", "log"])
