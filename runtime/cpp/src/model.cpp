@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <utility>
 
 namespace kinetok {
 
@@ -350,7 +351,6 @@ kt_step_report Model::step(uint32_t budget_us) {
   const auto began = Clock::now();
   const bool unlimited = budget_us == KT_UNLIMITED;
   const auto left = [&] { return unlimited ? 1e18 : budget_us - microseconds(Clock::now() - began); };
-  written_ = 0;
   take_back();
   for (bool any = false; budget_us;) {
     uint32_t first = 0, count = 0;
@@ -373,7 +373,7 @@ kt_step_report Model::step(uint32_t budget_us) {
     take_back();
   }
   kt_step_report report{};
-  report.tokens = written_;
+  report.tokens = std::exchange(written_, 0);
   for (const Character& c : characters_) {
     if (!c.taken) continue;
     report.ready += c.unread() != 0;
