@@ -9,7 +9,8 @@
  * freed, or never was one, gives KT_ERROR_HANDLE. Failed calls change nothing and leave their outputs as they were.
  *
  * Structures start with `size` (sizeof the structure as the host knows it) and `abi` (KT_ABI_VERSION). A library of the same
- * ABI version accepts shorter ones of older headers: what they lack is 0, which means the default.
+ * ABI version accepts shorter ones of older headers: what they lack is 0, which means the default. Only kt_character_options
+ * must be whole: kt_character_defaults fills it.
  *
  * Units: metres (centimetres in the Unreal layout), seconds, radians. Text is UTF-8.
  */

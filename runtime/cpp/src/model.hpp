@@ -82,7 +82,7 @@ class Model {
   std::vector<int64_t> ids_;  // of a sentence, until its prompt is sure to be taken
   sampling::Sampler sampler_;
   std::deque<Character> characters_;  // never moved
-  uint32_t written_ = 0;              // tokens that take_token took since the step began
+  uint32_t written_ = 0;              // tokens that take_token took since the last report
   double cost_[Graphs::TOGETHER + 1] = {};  // microseconds of a token for so many characters; 0: not known
 
   std::mutex mutex_;
