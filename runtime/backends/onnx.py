@@ -25,6 +25,7 @@ def open_session(bundle: Bundle, graph: str, device: torch.device, threads: int 
         import onnxruntime
     except ImportError as error:
         raise missing_package("onnxruntime", "onnx", "running a bundle") from error
+    onnxruntime.disable_telemetry_events()  # what a user runs is nobody else's business
     provider = PROVIDERS[device.type]
     present = onnxruntime.get_available_providers()
     if provider not in present:
