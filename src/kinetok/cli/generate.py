@@ -32,7 +32,9 @@ def generate(
     formats: Annotated[
         list[str], typer.Option("--format", help=f"Some of {', '.join(FORMATS)}: a comma list, or given several times.")
     ] = DEFAULT_FORMATS,
-    seconds: Annotated[float | None, typer.Option(help="Length of a clip, up to 600; models are trained on 10.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Length of a clip, up to 600; models are trained on 10.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same motion.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="0 is off.")] = None,
