@@ -38,14 +38,14 @@ TEST(impossible_manifests_are_refused) {
       {"\"layers\": 4", "\"layers\": 0"},
       {"\"heads\": 6", "\"heads\": -6"},
       {"\"heads\": 6", "\"heads\": 6.5"},
-      {"\"end_id\": 4375", "\"end_id\": 4376"},
+      {"\"end_id\": 15360", "\"end_id\": 15361"},
       {"\"positions\": 301", "\"positions\": 1"},
       {"\"kv_dtype\": \"float32\"", "\"kv_dtype\": \"bfloat16\""},
       {"\"frames_per_token\": 2", "\"frames_per_token\": 0"},
       {"\"prefill.onnx\"", "\"../prefill.onnx\""},
       {"\"file\": \"bank.bin\"", "\"file\": \"/etc/passwd\""},
       {"\"row\": 3,", "\"row\": 99999999,"},
-      {"\"top_p\": 0.9", "\"top_p\": 2"},
+      {"\"top_p\": 0.95", "\"top_p\": 2"},
       {"\"decoder\": {", "\"decode\": {"},
   };
   for (const auto& [from, to] : changes) {
