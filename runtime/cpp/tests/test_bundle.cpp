@@ -38,7 +38,7 @@ TEST(impossible_manifests_are_refused) {
       {"\"layers\": 4", "\"layers\": 0"},
       {"\"heads\": 6", "\"heads\": -6"},
       {"\"heads\": 6", "\"heads\": 6.5"},
-      {"\"end_id\": 15360", "\"end_id\": 15361"},
+      {"\"end_id\": 15360", "\"end_id\": 15362"},
       {"\"positions\": 301", "\"positions\": 1"},
       {"\"kv_dtype\": \"float32\"", "\"kv_dtype\": \"bfloat16\""},
       {"\"frames_per_token\": 2", "\"frames_per_token\": 0"},
