@@ -9,6 +9,7 @@ from kinetok.kernels.sampling.philox import MASK, philox
 from kinetok.kernels.sampling.state import ENDED, FAILED, FULL, RUNNING, TOP_P_BITS, share_of
 
 BLOCK = 4
+LIKELY = 512  # tokens among which those of top-p nearly always are
 
 
 def guide(conditioned: Tensor, empty: Tensor, guidance: float | Tensor) -> Tensor:
@@ -30,10 +31,11 @@ def gumbel(count: int, seed: Tensor, position: Tensor, request: Tensor) -> Tenso
     return -log_fp32(-log_fp32(uniform))
 
 
-def _keep(scaled: Tensor, top_k: Tensor | None, share: Tensor) -> Tensor:
+def _keep(scaled: Tensor, top_k: Tensor | None, share: Tensor, *, likely: int = 0) -> Tensor:
     """Which tokens of ``scaled [B, V]`` may be drawn; all that tie with the last one are kept.
 
-    top_k, share ``[B]`` or ``[1]``: share is top-p in 65536ths. top_k None spares its sort where no row has a limit.
+    top_k, share ``[B]`` or ``[1]``: share is top-p in 65536ths. top_k None spares its sort where no row has a limit;
+    so does likely the other one, where that many of the largest weights hold each row's share. The result is the same.
     """
     classes = scaled.shape[1]
     keep = scaled > -torch.inf
@@ -44,10 +46,12 @@ def _keep(scaled: Tensor, top_k: Tensor | None, share: Tensor) -> Tensor:
         keep &= ~cut | (scaled >= falling.gather(1, place))
     kept = scaled.where(keep, -torch.inf)
     weights = exp2_weight((kept - kept.amax(1, keepdim=True)) * LOG2_E)
-    falling = weights.sort(dim=1, descending=True).values
-    totals = falling.cumsum(1)
-    needed = (totals[:, -1:] * share[:, None] + (2**TOP_P_BITS - 1)) >> TOP_P_BITS
-    last = (totals < needed).sum(1, keepdim=True).clamp(max=classes - 1)
+    needed = (weights.sum(1, keepdim=True) * share[:, None] + (2**TOP_P_BITS - 1)) >> TOP_P_BITS
+    if 0 < likely < classes:
+        falling = weights.topk(likely, dim=1).values
+    if not 0 < likely < classes or (falling.sum(1, keepdim=True) < needed).any():
+        falling = weights.sort(dim=1, descending=True).values
+    last = (falling.cumsum(1) < needed).sum(1, keepdim=True).clamp(max=falling.shape[1] - 1)
     return keep & ((share[:, None] == 2**TOP_P_BITS) | (weights >= falling.gather(1, last)))
 
 
@@ -89,7 +93,7 @@ def draw(
     if top_k or top_p < 1:
         share = torch.tensor([share_of(top_p)], device=logits.device)
         most = torch.tensor([top_k], device=logits.device) if top_k else None
-        scores = scores.where(_keep(scaled, most, share), -torch.inf)
+        scores = scores.where(_keep(scaled, most, share, likely=LIKELY), -torch.inf)
     return scores.argmax(1)
 
 

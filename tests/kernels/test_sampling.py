@@ -425,3 +425,16 @@ def test_what_does_not_fit_is_refused() -> None:
         greedy_step(torch.zeros(1, 4), pack(torch.ones(4, 4), "fp32", paired=True), state, end_id=3)
     with pytest.raises(UserError, match="bfloat16"):
         greedy_step(torch.zeros(1, 4), pack(torch.ones(4, 4), "bf16"), state, end_id=3)
+
+
+@pytest.mark.parametrize("peak", [0.0, 1.0, 6.0])  # even: the likely ones do not hold the share; then they do
+@pytest.mark.parametrize("top_p", [1e-4, 0.3, 0.95, 0.99999])
+def test_the_shortcut_of_top_p_changes_nothing(monkeypatch, peak: float, top_p: float) -> None:
+    torch.manual_seed(3)
+    logits = torch.randn(4, 300).mul(peak).round(decimals=1)  # rounded: many tie
+    logits[0, 7:] = -torch.inf
+    names = {name: torch.arange(4) + number for number, name in enumerate(("seed", "position", "request"))}
+    wanted = sampling.reference.sample(logits, **names, top_p=top_p)
+    for likely in (1, 9, 299):
+        monkeypatch.setattr(sampling.reference, "LIKELY", likely)
+        assert torch.equal(sampling.reference.sample(logits, **names, top_p=top_p), wanted)
