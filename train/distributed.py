@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -174,11 +173,22 @@ class ShardedCheckpoints:
         writer = FileSystemWriter(folder, thread_count=WRITERS, sync_files=True)
         response = async_save(state, storage_writer=writer, process_group=self.processes.writers)
         future = response if isinstance(response, Future) else response.upload_completion
-        self.pending = folder, future
-        if self.processes.rank == 0:
-            # The first process's future ends after every process has written and the list of files is there.
-            about = {"identity": rest["identity"], "step": rest["step"]}
-            future.add_done_callback(lambda done: None if done.exception() else self._complete(folder, about))
+        about = {"identity": rest["identity"], "step": rest["step"]}
+        complete: Future[None] = Future()
+
+        def written(one: Future[Any]) -> None:
+            try:
+                one.result()
+                # The first process's future ends after every process has written and the list of files is there.
+                if self.processes.rank == 0:
+                    self._complete(folder, about)
+            except BaseException as error:  # for finish() to raise: a callback's own error is only logged
+                complete.set_exception(error)
+            else:
+                complete.set_result(None)
+
+        future.add_done_callback(written)
+        self.pending = folder, complete
 
     def _complete(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Call a checkpoint complete; older ones than the last two go."""
@@ -199,8 +209,6 @@ class ShardedCheckpoints:
         except Exception as error:
             detail = " ".join(str(error).split())[-200:]
             raise UserError(f"cannot write {folder}: {detail}") from error
-        while self.processes.rank == 0 and not (folder / COMPLETE).exists():
-            time.sleep(0.01)  # the callback runs in the writer's thread, after the result is there
 
     def find(self, told: Callable[[str], None]) -> Found | None:
         found, lines = self.processes.agree(self._find)
