@@ -67,16 +67,20 @@ def decode_prompt(data: bytes, source: str = "prompt") -> str:
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts of a UTF-8 file, one a line, blank lines skipped. ``UserError`` names the file and the line."""
     try:
-        lines = decode_prompt(Path(path).read_bytes(), str(path)).removeprefix("\ufeff").splitlines()
+        return parse_prompts(Path(path).read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def parse_prompts(data: bytes, source: str) -> list[str]:
+    """``read_prompts`` of the bytes of a file, which errors call ``source``."""
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(decode_prompt(data, source).removeprefix("\ufeff").splitlines(), start=1):
         if line.strip():
             try:
                 prompts.append(check_prompt(line))
             except UserError as error:
-                raise UserError(f"{path}, line {number}: {error}") from error
+                raise UserError(f"{source}, line {number}: {error}") from error
     if not prompts:
-        raise UserError(f"{path}: expected one prompt a line, got none")
+        raise UserError(f"{source}: expected one prompt a line, got none")
     return prompts
