@@ -14,9 +14,10 @@ from kinetok.model.config import DecoderConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderExport:
-    """What both graphs share. ``tensors`` gives the weights under ``MotionDecoder``'s names.
+    """What both graphs share. ``tensors`` gives the weights under ``MotionDecoder``'s names; kv_dtype is the cache's.
 
-    kv_dtype is the cache's. layers: how many of the config's layers to build, for a piece of a large model.
+    capacity None: the cache's length is a free axis, and ScatterND writes it. A number (opset 24): it is that long, and
+    TensorScatter writes it, which TensorRT does where the cache lies, without a copy, and for a fixed length only.
     """
 
     config: DecoderConfig
@@ -24,6 +25,7 @@ class DecoderExport:
     precision: Precision
     kv_dtype: np.dtype
     opset: int = 23
+    capacity: int | None = None
 
     def prefill(self, weights: WeightFile) -> Graph:
         """Text ``[B, L, D]`` into the first positions of an empty cache; logits after each row's last."""
@@ -88,10 +90,15 @@ class DecoderExport:
 
     @property
     def _cache_shape(self) -> list[int | str]:
-        return ["batch", self.config.n_head, "capacity", self.config.head_dim]
+        return ["batch", self.config.n_head, self.capacity or "capacity", self.config.head_dim]
 
     def _index(self, g: Graph, positions: str) -> str:
-        """Where ScatterND writes ``[B, H, T, hd]`` for positions ``[B, T]``: (row, head, position), ``[B, H, T, 3]``."""
+        """Where the cache is written for successive positions ``[B, T]``.
+
+        For ScatterND (row, head, position), ``[B, H, T, 3]``; for TensorScatter each row's first position ``[B]``.
+        """
+        if self.capacity is not None:
+            return g.node("Squeeze", g.slice(positions, 1, 0, 1), g.const([1]))
         heads = self.config.n_head
         rows, width = g.size(positions, 0), g.size(positions, 1)
         shape = g.node("Concat", rows, g.const([heads]), width, g.const([1]), axis=0)
@@ -114,7 +121,11 @@ class DecoderExport:
         """The cache with ``value`` written; also the output ``name``."""
         if self.kv_dtype != self._dtype:
             value = g.cast(value, self.kv_dtype)
-        g.output(g.node("ScatterND", past, index, value), name, self.kv_dtype, self._cache_shape)
+        if self.capacity is None:
+            written = g.node("ScatterND", past, index, value)
+        else:
+            written = g.node("TensorScatter", past, value, index, axis=2)
+        g.output(written, name, self.kv_dtype, self._cache_shape)
         return name
 
     def _blocks(

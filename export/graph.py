@@ -16,13 +16,15 @@ try:
 except ImportError as error:
     raise missing_package("onnx", "onnx", "exporting to ONNX") from error
 
-OPSETS = (23, 18)
+OPSETS = (23, 24, 18)
 MICROSOFT = "com.microsoft"
 ALIGNMENT = 4096  # what mapping a tensor straight from the file wants
-IR_VERSION = {23: 11, 18: 10}
+IR_VERSION = {24: 11, 23: 11, 18: 10}
+BFLOAT16 = np.dtype(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16))  # numpy has none of its own
 ELEMENTS = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
+    BFLOAT16: TensorProto.BFLOAT16,
     np.dtype(np.int64): TensorProto.INT64,
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.uint8): TensorProto.UINT8,
@@ -57,7 +59,7 @@ class WeightFile:
             array = np.ascontiguousarray(make())
             offset = -(-self.file.tell() // ALIGNMENT) * ALIGNMENT
             self.file.write(b"\0" * (offset - self.file.tell()))
-            self.file.write(array.data)
+            self.file.write(array.reshape(-1).view(np.uint8).data)  # a buffer of bfloat16 itself has no format
             kind = ELEMENTS[array.dtype] if element is None else element
             self._places[name] = _Place(kind, tuple(shape or array.shape), offset, array.nbytes)
         place = self._places[name]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.export.graph import MICROSOFT, Graph, TensorProto
+from kinetok.export.graph import BFLOAT16, MICROSOFT, Graph, TensorProto
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+TENSORRT_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")  # ONNX Runtime has no bf16 kernels for a CPU
 BLOCK = 32
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations in int8 by blocks, which is where its speed comes from
 
@@ -22,25 +23,26 @@ Tensors = Callable[[str], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
-    """``name`` is one of ``PRECISIONS``; ``target`` "ort" stores int8 and int4 for MatMulNBits, "tensorrt" for
-    DequantizeLinear. Activations are fp16 for fp16 (and for every precision but fp32 in TensorRT), otherwise fp32."""
+    """What a model's weights and activations are. ``target`` "ort" takes one of ``PRECISIONS`` and stores int8 and int4 for
+    MatMulNBits with fp32 activations; "tensorrt" one of ``TENSORRT_PRECISIONS``, for DequantizeLinear with fp16 ones."""
 
     name: str
     target: str = "ort"
 
     def __post_init__(self) -> None:
-        if self.name not in PRECISIONS:
-            raise UserError(f"dtype: expected one of {', '.join(PRECISIONS)}, got {self.name!r}")
+        names = PRECISIONS if self.target == "ort" else TENSORRT_PRECISIONS
+        if self.name not in names:
+            raise UserError(f"dtype: expected one of {', '.join(names)}, got {self.name!r}")
 
     @property
     def activations(self) -> np.dtype:
-        half = self.name == "fp16" or (self.target == "tensorrt" and self.name != "fp32")
-        return np.dtype(np.float16 if half else np.float32)
+        floats = {"fp32": np.float32, "fp16": np.float16, "bf16": BFLOAT16}
+        return np.dtype(floats.get(self.name, np.float32 if self.target == "ort" else np.float16))
 
     @property
     def storage(self) -> np.dtype:
         """Of what is not quantised but large: the embedding."""
-        return np.dtype(np.float32 if self.name == "fp32" else np.float16)
+        return np.dtype({"fp32": np.float32, "bf16": BFLOAT16}.get(self.name, np.float16))
 
     @property
     def bits(self) -> int:
@@ -51,10 +53,11 @@ class Precision:
 def to_numpy(value: Tensor, dtype: np.dtype, name: str) -> np.ndarray:
     """A weight in ``dtype``, contiguous. ``UserError`` where it does not fit into its range."""
     # torch copies a transposed matrix several times faster than numpy, and a 7B has 13 GB of them.
-    result = value.detach().to(torch.from_numpy(np.empty(0, dtype)).dtype).cpu().contiguous()
+    kind = torch.bfloat16 if dtype == BFLOAT16 else torch.from_numpy(np.empty(0, dtype)).dtype
+    result = value.detach().to(kind).cpu().contiguous()
     if not all(math.isfinite(float(end)) for end in torch.aminmax(result)):
         raise UserError(f"{name}: the model's weights do not fit into {dtype}: export it as fp32")
-    return result.numpy()
+    return result.view(torch.uint8).numpy().view(BFLOAT16) if kind == torch.bfloat16 else result.numpy()
 
 
 def quantize(weight: Tensor, bits: int, block: int = BLOCK, *, positive: bool = False) -> tuple[np.ndarray, np.ndarray]:

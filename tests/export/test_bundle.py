@@ -34,7 +34,14 @@ def edit(folder: Path, **changes) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "kv", "opset"),
-    [("fp32", None, 23), ("fp32", "fp16", 18), ("fp16", None, 23), ("int8", None, 23), ("int4", "fp16", 18)],
+    [
+        ("fp32", None, 23),
+        ("fp32", None, 24),
+        ("fp32", "fp16", 18),
+        ("fp16", None, 23),
+        ("int8", None, 23),
+        ("int4", "fp16", 18),
+    ],
 )
 def test_what_is_written_replays(model_of, tmp_path, dtype, kv, opset) -> None:
     out = export_bundle(model_of(), tmp_path / "out", dtype=dtype, kv=kv, opset=opset, check=False)
