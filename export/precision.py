@@ -15,6 +15,7 @@ from kinetok.export.graph import BFLOAT16, MICROSOFT, Graph, TensorProto
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 TENSORRT_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")  # ONNX Runtime has no bf16 kernels for a CPU
 BLOCK = 32
+_FLOATS = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": BFLOAT16}
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations in int8 by blocks, which is where its speed comes from
 
 Tensors = Callable[[str], Tensor]
@@ -36,13 +37,12 @@ class Precision:
 
     @property
     def activations(self) -> np.dtype:
-        floats = {"fp32": np.float32, "fp16": np.float16, "bf16": BFLOAT16}
-        return np.dtype(floats.get(self.name, np.float32 if self.target == "ort" else np.float16))
+        return _FLOATS.get(self.name, _FLOATS["fp32" if self.target == "ort" else "fp16"])
 
     @property
     def storage(self) -> np.dtype:
         """Of what is not quantised but large: the embedding."""
-        return np.dtype({"fp32": np.float32, "bf16": BFLOAT16}.get(self.name, np.float16))
+        return _FLOATS.get(self.name, _FLOATS["fp16"])
 
     @property
     def bits(self) -> int:
