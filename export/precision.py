@@ -15,7 +15,7 @@ from kinetok.export.graph import BFLOAT16, MICROSOFT, Graph, TensorProto
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 TENSORRT_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")  # ONNX Runtime has no bf16 kernels for a CPU
 BLOCK = 32
-_FLOATS = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": BFLOAT16}
+_FLOATS: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": BFLOAT16}
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations in int8 by blocks, which is where its speed comes from
 
 Tensors = Callable[[str], Tensor]
