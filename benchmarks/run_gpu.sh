@@ -55,7 +55,7 @@ kernel() {
   fi
 }
 
-OPS=(linear attention fsq wavelet cross_entropy detokenizer sampling norm rotary kinematics)
+OPS=(linear attention fsq wavelet cross_entropy detokenizer sampling norm gating rotary kinematics)
 
 # Without torch.compile first: its compilation takes longer than all the measuring.
 plain() {

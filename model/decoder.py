@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from kinetok.errors import UserError
 from kinetok.kernels.attention import attention, prefix_mask
+from kinetok.kernels.gating import swiglu
 from kinetok.kernels.norm import rms_norm
 from kinetok.kernels.rotary import apply_rotary, rotary_table
 from kinetok.model.config import DecoderConfig
@@ -66,8 +67,7 @@ class Block(nn.Module):
         return self.attn_out(mixed.transpose(1, 2).flatten(2))
 
     def mlp(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(self.mlp_norm(x))))
 
 
 class MotionDecoder(nn.Module):

@@ -29,6 +29,7 @@ TINY = {
         "fsq_decode": (33, 16, HALF),
         "fsq_quantize": (33, 2, HALF),
     },
+    "gating": {"swiglu": (3, 16), "swiglu, gradients": (3, 16)},
     "kinematics": {"pose_from_features": (2, 9)},
     "linear": {"linear": ("default", "qkv", 2, "float", 0)},
     "norm": {"rms_norm": (3, 16), "add_rms_norm": (3, 16), "rms_norm, gradients": (3, 16)},

@@ -12,6 +12,7 @@ from kinetok.kernels import (
     cross_entropy,
     detokenizer,
     fsq,
+    gating,
     kinematics,
     linear,
     norm,
@@ -58,6 +59,7 @@ PUBLIC: dict[str, Case] = {
     "idwt": (lambda x: wavelet.idwt(x, 2), (numbers(2, 8, 3),)),
     "rms_norm": (norm.rms_norm, (numbers(2, 6), numbers(6))),
     "add_rms_norm": (norm.add_rms_norm, (numbers(2, 6), numbers(2, 6), numbers(6))),
+    "swiglu": (gating.swiglu, (numbers(2, 6),)),
     "apply_rotary": (rotary.apply_rotary, (numbers(2, 3, 2, 8), table(3))),
     "rotary_kv_write": (rotary.rotary_kv_write, (numbers(2, 1, 3, 2, 8), table(1), ids(2), *caches())),
     "rotary_kv_write float8": (
@@ -148,6 +150,7 @@ GRADIENTS: dict[str, Case] = {
         lambda g, x, s: OPS.rms_norm_backward(g, g, x, s, 1e-5),
         (numbers(2, 6), numbers(2, 6), numbers(6)),
     ),
+    "swiglu_backward": (OPS.swiglu_backward, (numbers(2, 3), numbers(2, 6))),
     "apply_rotary_backward": (OPS.apply_rotary_backward, (rows_of(3), table(3))),
     "prefix_attention_backward": (
         OPS.prefix_attention_backward,
