@@ -13,7 +13,7 @@ from kinetok.export.detokenizer import DetokenizerExport, context, why_not_strea
 from kinetok.export.golden import TOLERANCE, banned_ids, golden_cases
 from kinetok.export.graph import MICROSOFT, OPSETS, Graph, TensorProto, WeightFile, check_model
 from kinetok.export.precision import Precision
-from kinetok.export.text_encoder import find_minilm, text_graph, vocabulary
+from kinetok.export.text_encoder import find_encoder, text_graph, write_tokenizer
 from kinetok.files import whole_directory
 from kinetok.model.bank import MAX_FEATURES, PromptBank
 from kinetok.model.config import FRAME_RATE, DecoderConfig
@@ -122,16 +122,18 @@ def _write(
         "name": model.text_encoder.get("name"),
         "max_features": MAX_FEATURES,
     }
-    encoder = find_minilm(model.text_encoder) if text else "the bundle was exported without it"
+    encoder = find_encoder(model.text_encoder) if text else "the bundle was exported without it"
     if isinstance(encoder, str):
         absent["text_encoder"] = encoder
+    elif encoder.dim != model.decoder.config.text_dim:
+        raise UserError(
+            f"text encoder {encoder.name}: expected {model.decoder.config.text_dim} numbers a token, got {encoder.dim}"
+        )
     else:
         with (folder / "text_encoder.bin").open("wb") as file:
             weights = WeightFile(file, "text_encoder.bin")
             graphs["text_encoder"] = text_graph(encoder, weights, precision.name, opset)
-        pieces, about = vocabulary(encoder)
-        (folder / about["vocab"]).write_text(pieces, encoding="utf-8", newline="\n")
-        text_section |= about
+        text_section |= write_tokenizer(encoder, folder)
     described = {}
     for name, graph in graphs.items():
         path = folder / f"{name}.onnx"
@@ -143,13 +145,12 @@ def _write(
     if states:
         described["detokenize_stream"]["states"] = [{"input": a, "output": b} for a, b in states]
     bank = PromptBank.load(model.bank) if model.bank is not None else None
-    golden = golden_cases(model, precision, bank)
+    golden = golden_cases(model, precision, bank, None if isinstance(encoder, str) else encoder)
     with (folder / "golden.bin").open("wb") as file:
         tensors = TensorFile(file, "golden.bin")
         if not isinstance(encoder, str):
             for case in golden:
-                ids = encoder.tokenizer.encode(case["text"]).ids[: text_section["max_ids"]]
-                case["ids"] = np.asarray(ids, np.int32)
+                case["ids"] = np.asarray(encoder.ids(case["text"]), np.int32)
         referred = [_referred(case, tensors) for case in golden]
     manifest = {
         "format": FORMAT,

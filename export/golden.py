@@ -15,10 +15,12 @@ from kinetok.model.bank import PromptBank
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.pretrained import ModelBundle
+from kinetok.model.text import TextEncoder
 from kinetok.runtime.generate import ENDED_AT_ONCE, generate_tokens
 from kinetok.runtime.sampling import SamplingParams
 
 CASES, MOST, LEAST, SEED = 3, 40, 8, 7
+SENTENCES = ("a person walks forward", "a man jumps twice, then sits down", "someone dances")  # CASES of them
 TOLERANCE: dict[str, dict[str, float]] = {
     # logits and frames: of the largest expected value, at least 1; margin: of the same, between the best logit and a
     # golden token's. Banked features are rounded to fp16. int8 and int4 products round their activations to 8 bits, too.
@@ -71,9 +73,13 @@ def banned_ids(config: DecoderConfig) -> list[int]:
     return [config.pad_id] if config.tie_weights else []
 
 
-def golden_cases(model: ModelBundle, precision: Precision, bank: PromptBank | None) -> list[dict[str, Any]]:
-    """The fixtures, arrays in place of tensor references. A model without a bank gets made-up features."""
+def golden_cases(
+    model: ModelBundle, precision: Precision, bank: PromptBank | None, encoder: TextEncoder | None
+) -> list[dict[str, Any]]:
+    """The fixtures, arrays in place of tensor references. A model without bank and encoder gets made-up features."""
     decoder, config = stored_decoder(model.decoder, precision), model.decoder.config
+    if encoder is not None and (bank is None or not bank.prompts):
+        bank = PromptBank.build(SENTENCES, encoder)
     if bank is not None and bank.prompts:
         texts = bank.prompts[:CASES]
         rows, empty = bank.encode(texts), bank.features[""]

@@ -1,5 +1,6 @@
 """The operators of ``kinetok.kernels`` as ONNX nodes, each the counterpart of its folder's ``reference.py``."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,6 +61,14 @@ def gelu(g: Graph, x: str) -> str:
     """The exact one: x / 2 * (1 + erf(x / sqrt 2))."""
     inner = g.node("Erf", g.node("Mul", x, g.const(0.5**0.5, np.float32)))
     return g.node("Mul", g.node("Mul", x, g.const(0.5, np.float32)), g.node("Add", inner, g.const(1, np.float32)))
+
+
+def gelu_tanh(g: Graph, x: str) -> str:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
+    cube = g.node("Mul", g.node("Mul", x, x), x)
+    inner = g.node("Add", x, g.node("Mul", cube, g.const(0.044715, np.float32)))
+    bent = g.node("Tanh", g.node("Mul", inner, g.const((2 / math.pi) ** 0.5, np.float32)))
+    return g.node("Mul", g.node("Mul", x, g.const(0.5, np.float32)), g.node("Add", bent, g.const(1, np.float32)))
 
 
 def silu(g: Graph, x: str) -> str:

@@ -47,11 +47,18 @@ class MiniLM:
         """Features fp32 ``[L_i, 384]`` of each text, L_i <= 150; each alone, so a text's bits depend on nothing else."""
         return [self._encode(text) for text in texts]
 
+    @property
+    def max_ids(self) -> int:
+        """How many ids the encoder sees: with the sentence's own vector they fill 150 rows."""
+        return MAX_FEATURES - bool(self.pooled_scale)
+
+    def ids(self, text: str) -> list[int]:
+        """The text's ids between start and end, cut to ``max_ids``: a longer text loses its end."""
+        return list(self.tokenizer.encode(text).ids[: self.max_ids])
+
     @torch.no_grad()
     def _encode(self, text: str) -> Tensor:
-        keep = MAX_FEATURES - bool(self.pooled_scale)
-        ids = torch.tensor(self.tokenizer.encode(text).ids[:keep])
-        states = self._states(ids)
+        states = self._states(torch.tensor(self.ids(text)))
         if not self.pooled_scale:
             return states
         sentence = F.normalize(states.mean(0), dim=0) * self.pooled_scale

@@ -26,3 +26,30 @@ def golden() -> Callable[[str], Path]:
         pytest.skip(f"{name} is not in tests/golden: its arrays derive from a body model that may not be redistributed")
 
     return find
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory) -> Callable[..., Path]:
+    """Writes a tiny random Flan-T5 with a tiny tokenizer; keywords change its sizes."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    def write(**changes: object) -> Path:
+        path = tmp_path_factory.mktemp("t5")
+        words = [(f"▁{word}", -2.0) for word in ("a", "person", "walks", "forward", "runs")]
+        letters = [(letter, -5.0) for letter in "▁abcdefghij"]
+        vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *words, *letters]
+        tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ).save_pretrained(path)
+        torch.manual_seed(0)
+        sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+        kinds = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+        config = transformers.T5Config(vocab_size=len(vocabulary), **{**sizes, **kinds, **changes})
+        transformers.T5ForConditionalGeneration(config).save_pretrained(path)  # with its decoder, as released
+        return path
+
+    return write

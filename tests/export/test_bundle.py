@@ -188,6 +188,18 @@ def test_a_folder_of_something_else_is_left_alone(model_of, tmp_path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_t5_goes_with_its_tokenizer(model_of, t5_folder, tmp_path) -> None:
+    spec = {"type": "flan-t5", "name": str(t5_folder())}
+    out = export_bundle(replace(model_of(text_dim=16), bank=None, text_encoder=spec), tmp_path / "out", check=False)
+    report = replay(out)
+    assert report.passed and "0.features" in {check.name for check in report.checks}, str(report)
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["text"]["tokenizer"] == "tokenizer.json" in manifest["files"] and "vocab" not in manifest["text"]
+    assert manifest["golden"][0]["text"] and manifest["bank"] is None
+    with pytest.raises(UserError, match="expected 12 numbers a token, got 16"):
+        export_bundle(replace(model_of(), text_encoder=spec), tmp_path / "other")
+
+
 def test_a_model_without_a_bank_and_one_that_cannot_stream(model_of, tmp_path) -> None:
     model = replace(model_of({"causal": False}, tie_weights=True), bank=None)
     out = export_bundle(model, tmp_path / "out")

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kinetok.errors import UserError
 from kinetok.model.text import text_encoder
@@ -15,24 +14,8 @@ TEXTS = ["a person walks forward", "a person", "", "runs " * 200]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    path = tmp_path_factory.mktemp("t5")
-    words = [(f"▁{word}", -2.0) for word in ("a", "person", "walks", "forward", "runs")]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *words, *((letter, -5.0) for letter in "▁abcdefghij")]
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=len(vocabulary), d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4,
-        feed_forward_proj="gated-gelu", decoder_start_token_id=0,
-    )  # fmt: skip
-    transformers.T5ForConditionalGeneration(config).save_pretrained(path)  # with its decoder, as released
-    return path
+def folder(t5_folder):
+    return t5_folder()
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +61,12 @@ def test_what_is_no_t5_is_refused(tmp_path, content):
     with pytest.raises(UserError, match="expected a T5 directory or hub id") as caught:
         FlanT5(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_local_weights_alone_need_no_network(folder, encoder, monkeypatch):
+    assert torch.equal(FlanT5(str(folder), local=True).encode(TEXTS[:1])[0], encoder.encode(TEXTS[:1])[0])
+    with pytest.raises(UserError, match="expected a T5 directory or hub id"):
+        FlanT5("nobody/has-this", local=True)
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch):

@@ -204,6 +204,11 @@ void Bundle::read_text(const Json& root) {
   const Json& section = root.at("text");
   max_features = size_of(section, "max_features", 1, max_text);
   if (!has_graph("text_encoder")) return;
+  if (!section.find("vocab")) {  // Flan-T5's tokenizer, which this library does not have: banked prompts and features
+    graphs.erase("text_encoder");
+    graph_external.erase("text_encoder");
+    return;
+  }
   const uint64_t most = uint64_t{1} << 24;
   text.vocab = name_of(section.at("vocab"), "vocab");
   const Json* lowercase = section.find("lowercase");
