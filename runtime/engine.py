@@ -19,6 +19,7 @@ from kinetok.model.pretrained import ModelBundle, choose_device, load_pretrained
 from kinetok.model.text import check_prompt
 from kinetok.motion import Motion
 from kinetok.runtime.backends import open_backend
+from kinetok.runtime.backends.auto import Chosen, choose_backend
 from kinetok.runtime.crowd import Crowd, Update
 from kinetok.runtime.generate import sample_tokens
 from kinetok.runtime.memory import within_memory
@@ -46,6 +47,7 @@ class Engine:
     A character's tokens depend on its prompt, its parameters and its request number, and on nothing else: they are the
     same, to the bit, by whichever of the three ways and in whatever company (docs/numerics.md).
 
+    backend: "auto" (``choose_backend``), "torch", "fused", "onnx", or "onnx:DIR" with a bundle of this model.
     characters: how many of a crowd run at once (twice as many without guidance); positions: of text and motion a character
     may need, the model's own limit by default; queue: how many may wait. A crowd's memory is taken, all of it, by the first
     ``submit``. ``timings`` holds the seconds that each stage of the last ``generate`` took: text, decode, detokenize, motion.
@@ -55,12 +57,14 @@ class Engine:
         self,
         model: ModelBundle,
         *,
-        backend: str = "torch",
+        backend: str = "auto",
         characters: int = 16,
         positions: int | None = None,
         queue: int = 64,
     ) -> None:
-        self.model, self.backend = model, backend
+        self.model = model
+        chosen = choose_backend(model.decoder) if backend == "auto" else Chosen(backend, "asked for")
+        self.backend, self.backend_reason = chosen
         self.characters, self.queue = characters, queue
         self.positions = positions or model.decoder.config.block_size
         bank = PromptBank.load(model.bank) if model.bank is not None else None
@@ -270,5 +274,6 @@ class Engine:
             "text_encoder": model.text_encoder.get("name"),
             "banked_prompts": len(self.text.bank.prompts) if self.text.bank is not None else 0,
             "backend": self.backend,
+            "backend_reason": self.backend_reason,
             "attention": "torch scaled_dot_product_attention",
         }

@@ -55,13 +55,11 @@ def _fused(model: ModelBundle, slots: int, capacity: int) -> Backend:
 
 
 def _onnx(model: ModelBundle, slots: int, capacity: int, folder: str) -> Backend:
-    from kinetok.runtime.backends.onnx import OnnxBackend
+    from kinetok.runtime.backends.onnx import LiveOnnxBackend, OnnxBackend
     from kinetok.runtime.bundle import read_bundle
 
     if not folder:
-        raise UserError(
-            "backend onnx runs a bundle: make one with kinetok export onnx MODEL --out DIR, and name it as onnx:DIR"
-        )
+        return LiveOnnxBackend(model.decoder, slots, capacity)
     bundle = read_bundle(folder)
     bundle.check_decoder(model.decoder.config)
     return OnnxBackend(bundle, slots, capacity, model.decoder.embed.weight.device)
@@ -71,11 +69,11 @@ BACKENDS: dict[str, Callable[..., Any]] = {"torch": _torch, "fused": _fused, "on
 
 
 def open_backend(name: str, model: ModelBundle, slots: int, capacity: int) -> Backend:
-    """The backend of that name for ``model``: "torch", "fused", or "onnx:DIR" with a bundle of the same model.
+    """The backend of that name for ``model``: "torch", "fused", "onnx", or "onnx:DIR" with a bundle of the same model.
 
     Raises ``UserError`` for an unknown name, or where it cannot run.
     """
     kind, _, folder = name.partition(":")
     if kind not in BACKENDS or (folder and kind != "onnx"):
-        raise UserError(f"backend: expected one of torch, fused, onnx:DIR, got {name!r}")
+        raise UserError(f"backend: expected one of auto, torch, fused, onnx, onnx:DIR, got {name!r}")
     return BACKENDS[kind](model, slots, capacity, *([folder] if kind == "onnx" else []))

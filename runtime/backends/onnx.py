@@ -1,18 +1,24 @@
 """ONNX Runtime on a bundle's graphs (docs/bundle.md): no copy of the cache in any step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from itertools import pairwise
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinetok.errors import UserError, missing_package
+from kinetok.model.decoder import MotionDecoder
+from kinetok.runtime.backends.torch import TorchBackend
 from kinetok.runtime.bundle import Bundle
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-TRIAL_ROWS = 5
+TRIAL_ROWS = 16
+ONE_THREAD = 20_000_000  # parameters
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -21,6 +27,14 @@ def open_session(bundle: Bundle, graph: str, device: torch.device, threads: int 
 
     Raises ``UserError`` where onnxruntime or its execution provider for the device is absent, or the graph is damaged.
     """
+    path = bundle.graph(graph)
+    return _session(str(path), str(path), device, threads, {})
+
+
+def _session(
+    model: str | bytes, name: str, device: torch.device, threads: int | None, weights: Mapping[str, np.ndarray]
+) -> Any:
+    """A session of a graph's file or bytes. weights: what the graph refers to and does not hold; read here, not kept."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -38,12 +52,13 @@ def open_session(bundle: Bundle, graph: str, device: torch.device, threads: int 
     options.log_severity_level = 3
     choice = [(provider, {"device_id": device.index or 0})] if device.type == "cuda" else [provider]
     try:
-        return onnxruntime.InferenceSession(str(bundle.graph(graph)), options, providers=choice)
-    except UserError:
-        raise
+        if weights:
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
+            options.add_external_initializers(list(weights), values)
+        return onnxruntime.InferenceSession(model, options, providers=choice)
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{bundle.graph(graph)}: onnxruntime cannot load it: {detail}") from error
+        raise UserError(f"{name}: onnxruntime cannot load it: {detail}") from error
 
 
 class _Call:
@@ -67,13 +82,79 @@ class _Call:
         self.session.run_with_iobinding(self.binding)
 
 
-class OnnxBackend:
-    """``Backend`` on a bundle; one slab ``[layers, 2, slots, H, capacity, hd]`` that both graphs write into in place.
+class _Step:
+    """The decode graph over a cache: one token for any of its slots.
 
-    Neighbouring slots go through the graph together where that leaves a slot's bits alone, which the kernels of a CPU
-    decide: a trial when the backend is made compares rows together with rows alone. Where they differ, each slot is a call
-    of its own (``batched`` is False).
+    slots: the keys and values of neighbouring slots from one to before another, ``[layers][2]`` of ``[n, H, capacity, hd]``,
+    which the graph reads and writes in place. Neighbours go through the graph together where that leaves a slot's bits
+    alone, which the kernels of a CPU decide: a trial compares rows together with rows alone. Where they differ, each slot
+    is a call of its own (``batched`` is False).
     """
+
+    def __init__(self, session: Any, slots: int, classes: int, cache: Callable[[int, int], list[list[Tensor]]]) -> None:
+        self.cache, self.session = cache, session
+        device = cache(0, 1)[0][0].device
+        self.lengths = [0] * slots
+        self.tokens = torch.zeros(slots, 1, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(slots, 1, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(slots, classes, device=device)
+        self.calls: dict[tuple[int, int], _Call] = {}
+        self.batched = self._rows_agree()
+
+    def run(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """A token for each of these different slots; the logits are left in ``logits``."""
+        order = sorted(range(len(slots)), key=slots.__getitem__)
+        inside = [slots[at] for at in order]
+        breaks = [at + 1 for at, (a, b) in enumerate(pairwise(inside)) if b != a + 1 or not self.batched]
+        for first, last in pairwise([0, *breaks, len(order)]) if order else ():
+            self._neighbours(inside[first], [tokens[at] for at in order[first:last]])
+
+    def _neighbours(self, start: int, tokens: list[int]) -> None:
+        stop = start + len(tokens)
+        if (start, stop) not in self.calls:
+            self.calls[start, stop] = _Call(
+                self.session,
+                {
+                    "input_ids": self.tokens[start:stop],
+                    "position_ids": self.positions[start:stop],
+                    "logits": self.logits[start:stop],
+                    **named(self.cache(start, stop)),
+                },
+            )
+        self.tokens[start:stop, 0] = torch.tensor(tokens)
+        self.positions[start:stop, 0] = torch.tensor(self.lengths[start:stop])
+        self.calls[start, stop].run()
+        for slot in range(start, stop):
+            self.lengths[slot] += 1
+
+    def _rows_agree(self) -> bool:
+        slots = len(self.lengths)
+        capacity = self.cache(0, 1)[0][0].shape[2]
+        rows = min(slots, TRIAL_ROWS)
+        tokens = list(range(rows))
+        results = []
+        for group in sorted({1, min(2, rows), min(5, rows), rows}):
+            self.lengths = [0] * slots
+            for _ in range(min(2, capacity)):  # the second token sees the first one's keys
+                for first in range(0, rows, group):
+                    self._neighbours(first, tokens[first : first + group])
+            results.append(self.logits[:rows].clone())
+        self.lengths = [0] * slots
+        return all(torch.equal(results[0], other) for other in results[1:])
+
+
+def named(cache: list[list[Tensor]]) -> dict[str, Tensor]:
+    """The cache of neighbouring slots as a graph's inputs and, in the same memory, outputs."""
+    return {
+        f"{side}.{layer}.{kind}": tensor
+        for layer, parts in enumerate(cache)
+        for kind, tensor in zip(("key", "value"), parts, strict=True)
+        for side in ("past_key_values", "present")
+    }
+
+
+class OnnxBackend:
+    """``Backend`` on a bundle; one slab ``[layers, 2, slots, H, capacity, hd]`` that both graphs write into in place."""
 
     def __init__(self, bundle: Bundle, slots: int, capacity: int, device: str | torch.device = "cpu") -> None:
         self.bundle, self.slots, self.capacity, self.device = bundle, slots, capacity, torch.device(device)
@@ -84,20 +165,24 @@ class OnnxBackend:
             raise UserError(
                 f"expected at least one slot and 1 to {sizes['positions']} positions, got {slots} and {capacity}"
             )
-        self.layers, self.classes = sizes["layers"], sizes["logits"]
         kv = bundle.manifest.get("kv_dtype")
         if kv not in _DTYPES:
             raise UserError(f"{bundle.directory}: expected kv_dtype to be one of {list(_DTYPES)}, got {kv!r}")
         self._prefill = open_session(bundle, "prefill", self.device)
-        self._decode = open_session(bundle, "decode", self.device)
-        shape = (self.layers, 2, slots, sizes["heads"], capacity, sizes["head_dim"])
+        shape = (sizes["layers"], 2, slots, sizes["heads"], capacity, sizes["head_dim"])
         self.slab = torch.zeros(shape, dtype=_DTYPES[kv], device=self.device)
-        self.lengths = [0] * slots
-        self._tokens = torch.zeros(slots, 1, dtype=torch.int64, device=self.device)
-        self._positions = torch.zeros(slots, 1, dtype=torch.int64, device=self.device)
-        self._logits = torch.zeros(slots, self.classes, device=self.device)
-        self._calls: dict[tuple[int, int], _Call] = {}
-        self.batched = self._rows_agree()
+        self._step = _Step(open_session(bundle, "decode", self.device), slots, sizes["logits"], self._cache)
+        self.slab.zero_()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions that each slot holds."""
+        return self._step.lengths
+
+    @property
+    def batched(self) -> bool:
+        """Whether neighbouring slots go through the graph together."""
+        return self._step.batched
 
     def prefill(self, slot: int, text: Tensor, tokens: Sequence[int] = ()) -> Tensor:
         length = len(text) + len(tokens)
@@ -107,13 +192,14 @@ class OnnxBackend:
                 f"and {len(tokens)} of motion"
             )
         features = text.detach().to(self.device, torch.float32).contiguous()[None]
+        logits = self._step.logits
         call = _Call(
             self._prefill,
             {
                 "text_features": features,
                 "text_lengths": torch.tensor([len(text)], device=self.device),
-                "logits": self._logits[slot : slot + 1],
-                **self._cache(slot, slot + 1),
+                "logits": logits[slot : slot + 1],
+                **named(self._cache(slot, slot + 1)),
             },
         )
         # What is masked still counts as zero times its value: an earlier row's NaN must not come back.
@@ -121,69 +207,75 @@ class OnnxBackend:
         call.run()
         self.lengths[slot] = len(text)
         for token in tokens:
-            self._step(slot, slot + 1, [token])
-        return self._logits[slot].clone()
+            self._step.run([slot], [token])
+        return logits[slot].clone()
 
     def decode(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
         if max((self.lengths[slot] for slot in slots), default=0) >= self.capacity:
             raise UserError(f"a slot holds {self.capacity} positions and is full")
-        order = sorted(range(len(slots)), key=slots.__getitem__)
-        sorted_slots = [slots[at] for at in order]
-        values = tokens.tolist()
-        breaks = [
-            at + 1 for at, (left, right) in enumerate(pairwise(sorted_slots)) if right != left + 1 or not self.batched
-        ]
-        for first, last in pairwise([0, *breaks, len(order)]) if order else ():
-            start = sorted_slots[first]
-            self._step(start, start + last - first, [values[at] for at in order[first:last]])
-        return self._logits[list(slots)]
+        self._step.run(slots, tokens.tolist())
+        return self._step.logits[list(slots)]
 
     def copy(self, source: int, target: int) -> None:
         length = self.lengths[source]
         self.slab[:, :, target, :, :length] = self.slab[:, :, source, :, :length]
         self.lengths[target] = length
 
-    def _rows_agree(self) -> bool:
-        tokens = torch.arange(min(self.slots, TRIAL_ROWS), dtype=torch.int64)
-        rows = range(len(tokens))
-        results = []
-        for group in (1, 2, len(tokens)):
-            self.lengths = [0] * self.slots
-            for _ in range(min(2, self.capacity)):  # the second token sees the first one's keys
-                for first in range(0, len(tokens), group):
-                    some = tokens[first : first + group].tolist()
-                    self._step(first, first + len(some), some)
-            results.append(self._logits[list(rows)])
-        self.lengths = [0] * self.slots
-        self.slab.zero_()
-        return all(torch.equal(results[0], other) for other in results[1:])
+    def _cache(self, start: int, stop: int) -> list[list[Tensor]]:
+        return [[part[start:stop] for part in layer] for layer in self.slab]
 
-    def _cache(self, start: int, stop: int) -> dict[str, Tensor]:
-        """The cache of neighbouring slots as inputs and, in the same memory, outputs."""
-        return {
-            f"{side}.{layer}.{kind}": self.slab[layer, part, start:stop]
-            for layer in range(self.layers)
-            for part, kind in enumerate(("key", "value"))
-            for side in ("past_key_values", "present")
-        }
 
-    def _step(self, start: int, stop: int, tokens: list[int]) -> None:
-        """One token for each of the slots from ``start`` to before ``stop``."""
-        if (start, stop) not in self._calls:
-            self._calls[start, stop] = _Call(
-                self._decode,
-                {
-                    "input_ids": self._tokens[start:stop],
-                    "position_ids": self._positions[start:stop],
-                    "logits": self._logits[start:stop],
-                    **self._cache(start, stop),
-                },
+class LiveOnnxBackend(TorchBackend):
+    """``Backend`` on a decoder in memory: texts are prefilled by torch, steps run in ONNX Runtime, over the same cache.
+
+    ONNX Runtime keeps a copy of the weights of its own, laid out for its products and shared by all backends of a decoder.
+    """
+
+    single_rows = False
+
+    def __init__(self, decoder: MotionDecoder, slots: int, capacity: int) -> None:
+        super().__init__(decoder, slots, capacity)
+        if self.device.type != "cpu" or self.slab.dtype != torch.float32 or not isinstance(decoder.head, nn.Linear):
+            raise UserError(
+                "backend onnx: expected plain fp32 weights on a CPU; make a bundle with kinetok export onnx MODEL --out DIR, "
+                "and name it as onnx:DIR"
             )
-        self._tokens[start:stop, 0] = torch.tensor(tokens)
-        self._positions[start:stop, 0] = torch.tensor(self.lengths[start:stop])
-        self._calls[start, stop].run()
-        for slot in range(start, stop):
-            self.lengths[slot] += 1
+        self._step = _Step(_live_session(decoder), slots, decoder.config.head_rows, self._cache)
+        self.slab.zero_()
+        self.lengths = self._step.lengths
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, text: Tensor, tokens: Sequence[int] = ()) -> Tensor:
+        # What is masked still counts as zero times its value: an earlier row's NaN must not come back.
+        self.slab[:, :, slot] = 0
+        return super().prefill(slot, text, tokens)
+
+    @torch.inference_mode()
+    def decode(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
+        if max((self.lengths[slot] for slot in slots), default=0) >= self.capacity:
+            raise UserError(f"a slot holds {self.capacity} positions and is full")
+        self._step.run(slots, tokens.tolist())
+        return self._step.logits[list(slots)]
+
+    def _cache(self, start: int, stop: int) -> list[list[Tensor]]:
+        return [[part[start:stop] for part in layer] for layer in self.slab.unbind(1)]
+
+
+_SESSIONS: "WeakKeyDictionary[MotionDecoder, dict[int, Any]]" = WeakKeyDictionary()
+_OPENING = Lock()
+
+
+def _live_session(decoder: MotionDecoder) -> Any:
+    """The session of a decoder with the weights that it has now, for torch's number of threads; made once."""
+    # Two threads of a step of a millisecond wait for one another longer than they work.
+    small = sum(value.numel() for value in decoder.parameters()) < ONE_THREAD
+    threads = 1 if small else torch.get_num_threads()
+    with _OPENING:
+        mine = _SESSIONS.setdefault(decoder, {})
+        if threads not in mine:
+            graph, weights = import_module("kinetok.export.live").decode_graph(decoder)
+            mine[threads] = _session(graph, "the decoder's graph", decoder.embed.weight.device, threads, weights)
+        return mine[threads]
 
 
 class OnnxDetokenizer:

@@ -1,5 +1,6 @@
 """ONNX Runtime behind the same seam as torch: the same logits, slots apart, memory bound once."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from kinetok.model.pretrained import ModelBundle
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
 from kinetok.runtime.backends import open_backend
-from kinetok.runtime.backends.onnx import OnnxBackend, OnnxDetokenizer
+from kinetok.runtime.backends.onnx import LiveOnnxBackend, OnnxBackend, OnnxDetokenizer
 from kinetok.runtime.backends.torch import TorchBackend
 from kinetok.runtime.bundle import read_bundle
 
@@ -88,13 +89,13 @@ def test_a_rows_bits_do_not_depend_on_the_others(bundle, crowd) -> None:
 def test_rows_that_do_not_agree_are_run_one_by_one(exact) -> None:
     together, apart = OnnxBackend(exact, 3, 40), OnnxBackend(exact, 3, 40)
     for backend in (together, apart):
-        backend.batched = backend is together
+        backend._step.batched = backend is together
         for slot in range(3):
             backend.prefill(slot, features(slot + 1))
-        backend._calls.clear()
+        backend._step.calls.clear()
     results = [backend.decode([2, 0, 1], torch.tensor([4, 5, 6])) for backend in (together, apart)]
     assert torch.equal(*results)
-    assert list(together._calls) == [(0, 3)] and list(apart._calls) == [(0, 1), (1, 2), (2, 3)]
+    assert list(together._step.calls) == [(0, 3)] and list(apart._step.calls) == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_a_slot_that_starts_anew_sees_nothing_of_its_past(exact) -> None:
@@ -162,8 +163,10 @@ def test_the_detokenizer_whole_and_in_pieces(model, exact) -> None:
 def test_opening_by_name(model, exact) -> None:
     backend = open_backend(f"onnx:{exact.directory}", model, 1, 20)
     assert isinstance(backend, OnnxBackend)
+    assert isinstance(open_backend("onnx", model, 1, 20), LiveOnnxBackend)
+    half = replace(model, decoder=copy.deepcopy(model.decoder).half())
     with pytest.raises(UserError, match="kinetok export onnx"):
-        open_backend("onnx", model, 1, 20)
+        open_backend("onnx", half, 1, 20)
     with pytest.raises(UserError, match="no bundle"):
         open_backend("onnx:/nowhere", model, 1, 20)
     other = MotionDecoder(replace(model.decoder.config, n_layer=1)).eval()

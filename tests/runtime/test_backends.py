@@ -10,6 +10,7 @@ from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
 from kinetok.runtime.backends import open_backend
 from kinetok.runtime.backends.fused import FusedBackend
+from kinetok.runtime.backends.onnx import LiveOnnxBackend
 from kinetok.runtime.backends.torch import TorchBackend
 
 
@@ -20,7 +21,7 @@ def decoder() -> MotionDecoder:
     return MotionDecoder(config).eval()
 
 
-@pytest.fixture(params=[TorchBackend, FusedBackend], ids=["torch", "fused"])
+@pytest.fixture(params=[TorchBackend, FusedBackend, LiveOnnxBackend], ids=["torch", "fused", "onnx"])
 def kind(request: pytest.FixtureRequest) -> type:
     return request.param
 

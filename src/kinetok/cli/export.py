@@ -125,25 +125,6 @@ def verify(
     sys.exit(0 if report.passed else 1)
 
 
-def exported(model: Path, dtype: str) -> str:
-    """The backend's name for a bundle of ``model`` that is made now and removed when the program ends."""
-    import atexit
-    import shutil
-    import tempfile
-
-    from kinetok.export.bundle import export_bundle
-    from kinetok.model.pretrained import load_pretrained
-
-    if dtype not in ("auto", "float32", "float16"):
-        raise UserError(f"--dtype: backend onnx has float32 and float16, got {dtype!r}")
-    folder = Path(tempfile.mkdtemp(prefix="kinetok-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    bundle = load_pretrained(model, "cpu", "float32")
-    _few_threads(sum(value.numel() for value in bundle.decoder.parameters()))
-    precision = "fp16" if dtype == "float16" else "fp32"
-    return f"onnx:{export_bundle(bundle, folder / 'bundle', dtype=precision, text=False, check=False)}"
-
-
 def _few_threads(parameters: int) -> None:
     import torch
 

@@ -10,7 +10,6 @@ import typer
 
 from kinetok.cli.clip_folder import FORMATS, ClipFolder, Job, manifest_digest, parse_formats
 from kinetok.cli.common import bar, example, few_threads_for_small_models, output_folder, print_json
-from kinetok.cli.export import exported
 from kinetok.errors import UserError
 
 DEFAULT_FORMATS = ["bvh,glb,npz,png"]
@@ -45,8 +44,8 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     backend: Annotated[
-        str, typer.Option(help="torch, onnx, or onnx:DIR with a bundle of this model (kinetok export onnx).")
-    ] = "torch",
+        str, typer.Option(help="auto, torch, fused, onnx, or onnx:DIR with a bundle of this model (kinetok export onnx).")
+    ] = "auto",
     clean: Annotated[
         bool, typer.Option("--clean-feet", help="Hold planted feet still; what that changed is printed and kept.")
     ] = False,
@@ -78,7 +77,7 @@ def generate(
     settings = {"model": model or "default", "manifest": manifest_digest(model_folder / MANIFEST), **asdict(params)}
     if clean:
         settings["clean_feet"] = True
-    if backend != "torch":
+    if backend != "auto":
         settings["backend"] = backend
     folder = ClipFolder(output_folder(out) / INDEX, settings, suffixes)
     jobs = [Job(number, text) for number, text in enumerate(texts)]
@@ -88,9 +87,7 @@ def generate(
     made = 0.0
     if todo:
         mark = time.perf_counter()
-        engine = load(
-            model_folder, device, dtype, backend=backend if backend != "onnx" else exported(model_folder, dtype)
-        )
+        engine = load(model_folder, device, dtype, backend=backend)
         few_threads_for_small_models(engine)
         stages["load"] = time.perf_counter() - mark
         with bar("generating", shown=not as_json) as update:

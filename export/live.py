@@ -1,0 +1,39 @@
+"""A loaded decoder's decode graph, for ONNX Runtime in the same process: nothing is written, weights are not copied."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kinetok.export.decoder import DecoderExport, module_tensors
+from kinetok.export.graph import ELEMENTS, Make, TensorProto
+from kinetok.export.precision import Precision
+from kinetok.model.decoder import MotionDecoder
+
+
+class HeldWeights:
+    """``WeightFile``'s counterpart in memory: arrays by name, which the graph refers to as external."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def put(self, name: str, make: Make, element: int | None = None, shape: Sequence[int] | None = None) -> Any:
+        """The TensorProto that refers to a weight; arguments of ``WeightFile.put``."""
+        array = self.arrays.setdefault(name, np.ascontiguousarray(make()))
+        tensor = TensorProto(name=name, data_type=ELEMENTS[array.dtype], dims=array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="memory")
+        return tensor
+
+
+def decode_graph(decoder: MotionDecoder) -> tuple[bytes, dict[str, np.ndarray]]:
+    """The decode step in fp32 (``DecoderExport.decode``), serialised, and the weights that it refers to."""
+    held = HeldWeights()
+    export = DecoderExport(
+        config=decoder.config,
+        tensors=module_tensors(decoder),
+        precision=Precision(name="fp32"),
+        kv_dtype=np.dtype(np.float32),
+    )
+    graph = export.decode(held)
+    return graph.model().SerializeToString(), held.arrays

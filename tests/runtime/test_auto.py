@@ -1,0 +1,38 @@
+"""Which backend a model gets when nobody says, and the reason that goes with it."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from kinetok.model.config import DecoderConfig
+from kinetok.model.decoder import MotionDecoder
+from kinetok.runtime import memory
+from kinetok.runtime.backends import auto
+from kinetok.runtime.backends.auto import choose_backend
+
+
+@pytest.fixture
+def decoder() -> MotionDecoder:
+    return MotionDecoder(DecoderConfig(n_layer=1, n_head=2, n_embd=64, codebook=20, text_dim=8, block_size=16))
+
+
+def test_a_cpu_runs_onnx_runtime_where_it_can(decoder, monkeypatch) -> None:
+    assert choose_backend(decoder).name == "onnx"
+    monkeypatch.setattr(auto, "bytes_available", lambda device: 1000)
+    name, reason = choose_backend(decoder)
+    assert name == "torch" and "free" in reason
+    monkeypatch.setattr(auto, "bytes_available", memory.bytes_available)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    name, reason = choose_backend(decoder)
+    assert name == "torch" and "kinetok[onnx]" in reason
+
+
+def test_what_the_live_graph_cannot_hold_is_torchs(decoder) -> None:
+    assert choose_backend(decoder.bfloat16()) == (
+        "torch",
+        "ONNX Runtime's live graph is fp32, and these weights are torch.bfloat16",
+    )
+    decoder.float().blocks[0].qkv = torch.nn.Identity()
+    assert choose_backend(decoder).name == "torch"
