@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kinetok.errors import UserError
 from kinetok.kernels.cross_entropy import linear_cross_entropy
@@ -33,7 +32,6 @@ SUBJECT = re.compile(r"^(a|the) (person|man|woman|human|figure)\b|^(someone|some
 POOLED_SCALE = 10.0
 TEXT_ENCODER = {"type": "minilm", "name": MiniLM.name, "pooled_scale": POOLED_SCALE}
 STANDING = "idle"  # labels of clips in which nothing is livelier than the rest
-MANY_CLASSES = 16384  # from here on the logits, not the activations, are what fills the memory
 
 
 def other_subjects(caption: str) -> list[str]:
@@ -72,10 +70,7 @@ class _Side:
 
 def next_token_loss(decoder: MotionDecoder, states: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of the head on ``states [B, T, d]``; targets ``[B, T]``, ``IGNORED`` where none counts."""
-    if decoder.config.head_rows >= MANY_CLASSES:
-        return linear_cross_entropy(states, decoder.head.weight, targets, IGNORED)
-    counted = targets != IGNORED  # about half of them: text and padding ask for no logits
-    return F.cross_entropy(decoder.head(states[counted]).float(), targets[counted])
+    return linear_cross_entropy(states, decoder.head.weight, targets, IGNORED)
 
 
 class DecoderTask:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from kinetok.errors import UserError
 
-SCHEDULES = ("cosine", "reference")
+SCHEDULES = ("cosine", "reference", "reference-tokenizer")
+DROP = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +20,7 @@ class LoopConfig:
     """Everything the loop needs to know about a run of ``steps`` steps.
 
     schedule: "cosine" is a linear warm-up and a cosine to zero; "reference" is that of the released decoders, with its
-    second rise (``learning_rate``). ema None keeps no average, clip_norm None does not clip. Weight decay acts on matrices,
+    second rise, "reference-tokenizer" that of the released tokenizer, which drops at ``milestone`` (``learning_rate``). ema None keeps no average, clip_norm None does not clip. Weight decay acts on matrices,
     or on all parameters with ``decay_all``. Losses are logged every ``log_every`` steps.
     keep: which (averaged) weights are the result, those of the lowest validation loss or the last ones (where the held-out
     clips say too little to choose by).
@@ -33,7 +34,8 @@ class LoopConfig:
     weight_decay: float = 0.0
     decay_all: bool = False
     warmup: int = 100
-    schedule: Literal["cosine", "reference"] = "cosine"
+    schedule: Literal["cosine", "reference", "reference-tokenizer"] = "cosine"
+    milestone: int = 300_000
     clip_norm: float | None = 1.0
     ema: float | None = 0.995
     validate_every: int = 250
@@ -50,8 +52,14 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     """The rate used by step 0, 1, ...
 
     "reference" (section 4): linear from 0, then a cosine whose half period is steps - steps // 10 counted from the end of
-    the warm-up, so that the rate is 0 before the end and rises again after it.
+    the warm-up, so that the rate is 0 before the end and rises again after it. "reference-tokenizer": linear over
+    warmup - 1 steps, which it leaves just below the peak; there it stays for ``milestone`` steps, then at a twentieth.
     """
+    if config.schedule == "reference-tokenizer":
+        top = config.lr / (config.warmup + 1)
+        if step < config.warmup - 1:
+            return top * (step + 2)
+        return top * config.warmup * (DROP if step - (config.warmup - 1) >= config.milestone else 1)
     if config.schedule == "reference":
         if step < config.warmup:
             return config.lr * step / config.warmup

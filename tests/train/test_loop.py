@@ -56,6 +56,18 @@ def test_the_reference_schedule_is_the_golden_one(golden) -> None:
         rates = [learning_rate(reference, int(step)) for step in z["cosine_iter"]]
         np.testing.assert_allclose(rates, z["cosine_lr"], atol=1e-9, rtol=0)
     assert rates[-1] > learning_rate(reference, 228_000) == 0  # it rises again
+    with np.load(golden("schedules.npz")) as z:
+        warm = int(z["tok_warm_up_iter"])
+        tokenizer = LoopConfig(
+            steps=10**6,
+            lr=float(z["tok_base_lr"]),
+            warmup=warm,
+            schedule="reference-tokenizer",
+            milestone=int(z["tok_milestones"][0]),
+        )
+        steps = [*(z["tok_warm_iter"] - 1), *(z["tok_main_iter"] + warm - 2)]
+        rates = [learning_rate(tokenizer, int(step)) for step in steps]
+        np.testing.assert_allclose(rates, [*z["tok_warm_lr"], *z["tok_main_lr"]], atol=1e-12, rtol=0)
     with pytest.raises(UserError, match="cosine, reference"):
         LoopConfig(steps=1, schedule="linear")
 
