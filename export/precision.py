@@ -15,6 +15,7 @@ from kinetok.export.graph import BFLOAT16, MICROSOFT, Graph, TensorProto
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 TENSORRT_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")  # ONNX Runtime has no bf16 kernels for a CPU
 BLOCK = 32
+INT8_BLOCK = 64  # for ONNX Runtime: its product is a quarter faster than with 32, and errs hardly more
 _FLOATS: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": BFLOAT16}
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations in int8 by blocks, which is where its speed comes from
 
@@ -96,11 +97,12 @@ def linear(
         return g.node("MatMul", x, g.weight(name, transposed))
     rows, columns = shape
     tensorrt = precision.target == "tensorrt"
+    block = INT8_BLOCK if bits == 8 and not tensorrt else BLOCK
     made: dict[str, np.ndarray] = {}  # both halves come from one quantisation; each is dropped as it is written
 
     def part(which: str) -> np.ndarray:
         if not made:
-            made["codes"], made["scale"] = quantize(tensors(name), bits, positive=tensorrt)
+            made["codes"], made["scale"] = quantize(tensors(name), bits, block, positive=tensorrt)
         return made.pop(which)
 
     if tensorrt:
@@ -122,7 +124,7 @@ def linear(
         K=columns,
         N=rows,
         bits=bits,
-        block_size=BLOCK,
+        block_size=block,
         accuracy_level=INT8_ACTIVATIONS,
     )
 
