@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,12 +28,13 @@ class Bundle:
 
     directory: Path
     manifest: dict[str, Any]
+    source: ClassVar[str] = MANIFEST
 
     def section(self, name: str, parent: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """An object of the manifest. ``UserError`` where it is none."""
         value = (self.manifest if parent is None else parent).get(name)
         if not isinstance(value, dict):
-            raise UserError(f"{self.directory / MANIFEST}: expected {name!r} to be an object")
+            raise UserError(f"{self.directory / self.source}: expected {name!r} to be an object")
         return value
 
     def number(self, section: str, name: str) -> int:
@@ -41,7 +42,7 @@ class Bundle:
         value = self.section(section).get(name)
         if not isinstance(value, int) or not natural(value):
             raise UserError(
-                f"{self.directory / MANIFEST}: expected {section}.{name} to be a whole number, got {value!r}"
+                f"{self.directory / self.source}: expected {section}.{name} to be a whole number, got {value!r}"
             )
         return value
 
@@ -55,7 +56,7 @@ class Bundle:
 
     def tensor(self, reference: Any) -> np.ndarray:
         """A plain tensor that the manifest refers to. ``UserError`` where it does not lie within its file."""
-        where = f"{self.directory / MANIFEST}: tensor {str(reference)[:80]}"
+        where = f"{self.directory / self.source}: tensor {str(reference)[:80]}"
         if not isinstance(reference, dict) or reference.get("dtype") not in TENSOR_DTYPES:
             raise UserError(f"{where}: expected file, dtype (one of {list(TENSOR_DTYPES)}), shape and offset")
         dtype, shape, offset = TENSOR_DTYPES[reference["dtype"]], reference.get("shape"), reference.get("offset")
@@ -90,7 +91,7 @@ class Bundle:
 
     def _file(self, name: Any) -> str:
         if not isinstance(name, str) or name not in self.section("files"):
-            raise UserError(f"{self.directory / MANIFEST}: {str(name)[:80]!r} is not among its files")
+            raise UserError(f"{self.directory / self.source}: {str(name)[:80]!r} is not among its files")
         return name
 
 

@@ -1,9 +1,10 @@
-"""kinetok export onnx, verify and generate --backend onnx."""
+"""kinetok export, verify and generate --backend onnx."""
 
 import json
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("onnx", reason="needs the extra 'onnx'")
 pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
@@ -47,7 +48,7 @@ def test_the_same_clips_from_onnx_runtime(kinetok, bundle, model, tmp_path) -> N
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        (("--opset", "17"), "expected one of 23, 18"),
+        (("--opset", "17"), "expected one of 23, 24, 18"),
         (("--dtype", "bf16"), "expected one of fp32, fp16, int8, int4"),
         (("--kv", "int8"), "expected one of fp32, fp16"),
     ],
@@ -83,3 +84,19 @@ def test_engines_without_their_library(refused, model, tmp_path, monkeypatch, ki
     assert f"needs the package {kind}" in line and f"pip install 'kinetok[{kind}]'" in line
     assert "expected numbers" in refused("export", kind, model, "--out", tmp_path / "engines", "--batches", "one")
     assert not list(tmp_path.iterdir())
+
+
+def test_engines_are_built_and_not_run_here(kinetok, refused, model, tmp_path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13 (Linux on x86-64), which is not installed")
+    out = tmp_path / "engines"
+    options = ("--out", out, "--batches", "1", "--positions", "40", "--dtype", "bf16", "--targets")
+    assert "some of sm_120" in refused("export", "tensorrt-rtx", model, *options, "sm_90")
+    outcome = kinetok("export", "tensorrt-rtx", model, *options, "sm_86,sm_89,sm_120")
+    assert outcome.code == 0, outcome
+    assert "decode.engine" in outcome.out and "built for sm_86, sm_89, sm_120, not run" in outcome.out
+    manifest = json.loads((out / "kinetok_engines.json").read_text())
+    assert manifest["positions"] == 40 and manifest["kv_dtype"] == "bfloat16"
+    if not torch.cuda.is_available():
+        assert "need an NVIDIA GPU" in refused("verify", out)
+    (out / "decode.engine").write_bytes(b"no engine")
+    assert "decode.engine: not the file that was exported" in refused("verify", out)

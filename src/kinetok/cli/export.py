@@ -49,15 +49,22 @@ def onnx(
 
 
 BATCHES = Annotated[str, typer.Option(help="Optimisation profiles: the largest batch of each, a comma list.")]
-ENGINE_DTYPE = Annotated[str, typer.Option(help="fp32, fp16, int8 or int4 (weights); fp16 activations but for fp32.")]
+POSITIONS = Annotated[
+    int | None, typer.Option(help="Length of the cache, text and motion together; the model's limit without.")
+]
+ENGINE_DTYPE = Annotated[str, typer.Option(help="fp32, fp16, bf16, or int8 or int4 weights with fp16 activations.")]
 
 
 @export.command("tensorrt", epilog=example("kinetok export tensorrt --out engines --dtype fp16"))
 def tensorrt(
-    model: MODEL = None, out: OUT = Path("engines"), dtype: ENGINE_DTYPE = "fp16", batches: BATCHES = "1,8,64"
+    model: MODEL = None,
+    out: OUT = Path("engines"),
+    dtype: ENGINE_DTYPE = "fp16",
+    batches: BATCHES = "1,8,64",
+    positions: POSITIONS = None,
 ) -> None:
-    """Build TensorRT engines for the GPU of this machine."""
-    _engines("tensorrt", model, out, dtype, "", batches)
+    """Build TensorRT engines for the GPU of this machine. What an older build into the same folder timed is kept."""
+    _engines("tensorrt", model, out, dtype, "", batches, positions)
 
 
 @export.command(
@@ -69,12 +76,15 @@ def tensorrt_rtx(
     dtype: ENGINE_DTYPE = "fp16",
     targets: Annotated[str, typer.Option(help="GPUs to build for, a comma list such as sm_86,sm_89,sm_120.")] = "",
     batches: BATCHES = "1,8,64",
+    positions: POSITIONS = None,
 ) -> None:
     """Build TensorRT-RTX engines, for GPUs that need not be here."""
-    _engines("tensorrt-rtx", model, out, dtype, targets, batches)
+    _engines("tensorrt-rtx", model, out, dtype, targets, batches, positions)
 
 
-def _engines(kind: str, model: str | None, out: Path, dtype: str, targets: str, batches: str) -> None:
+def _engines(
+    kind: str, model: str | None, out: Path, dtype: str, targets: str, batches: str, positions: int | None
+) -> None:
     from kinetok.export.tensorrt import export_engines
     from kinetok.model.pretrained import load_pretrained
 
@@ -86,18 +96,21 @@ def _engines(kind: str, model: str | None, out: Path, dtype: str, targets: str, 
     loaded = load_pretrained(None if model == "default" else model, "cpu", "float32")
     names = [part.strip() for part in targets.split(",") if part.strip()]
     with bar("building", shown=True) as update:
-        export_engines(
+        manifest = export_engines(
             loaded,
             out,
             kind=kind,
             dtype=dtype,
             targets=names,
             batches=sizes,
+            positions=positions,
             progress=lambda done, of, what: update(done, of, what),
         )
     for path in sorted(out.iterdir()):
         print(f"wrote {path}  {path.stat().st_size / 1e6:.2f} MB")
-    print(f"built, not run; {time.perf_counter() - began:.1f} s")
+    if (cache := manifest["timing_cache"]) is not None:
+        print(f"timing cache: {cache['bytes'] / 1e3:.1f} kB, {cache['reused_bytes'] / 1e3:.1f} kB of it from before")
+    print(f"built for {', '.join(manifest['targets'])}, not run; {time.perf_counter() - began:.1f} s")
 
 
 def verify(
@@ -106,15 +119,13 @@ def verify(
 ) -> None:
     """Replay a bundle's golden fixtures here; exit code 1 and the first divergence where one disagrees.
 
-    Of engines: whether their files are whole, and whether they were built for this machine's GPU.
+    Of engines: whether their files are whole, and whether they were built for this machine's GPU and library.
     """
-    from kinetok.runtime.engines import ENGINES, check_gpu, read_engines
+    from kinetok.runtime.engines import ENGINES, check_here, read_engines
 
     if (bundle / ENGINES).is_file():
-        import torch
-
-        check_gpu(read_engines(bundle), torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
-        print(f"{bundle}: whole, and built for this GPU")
+        check_here(read_engines(bundle), "kinetok verify")
+        print(f"{bundle}: whole, and built for this GPU and library")
         return
     from kinetok.export.replay import replay
 
