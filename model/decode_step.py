@@ -80,10 +80,19 @@ class FusedDecoderStep:
         x = self.hidden(tokens, positions, slab)
         return greedy_step(x, self.head, state, end_id=self.config.end_id, pad_id=self._banned, eps=EPS)
 
-    def sample(self, tokens: Tensor, positions: Tensor, slab: Tensor, state: SamplingState) -> Tensor:
-        """Sampled tokens ``[B]``; moves ``state`` on (``kinetok.kernels.sampling.sample_step``)."""
+    def sample(
+        self, tokens: Tensor, positions: Tensor, slab: Tensor, state: SamplingState, empty_at: Tensor | None = None
+    ) -> Tensor:
+        """Sampled tokens ``[B]``; moves ``state`` on (``kinetok.kernels.sampling.sample_step``).
+
+        empty_at ``[B]`` int64: the row in which each row's empty text is, for guidance.
+        """
         logits = self.logits(tokens, positions, slab)
-        return sample_step(logits, state, end_id=self.config.end_id, pad_id=self._banned)
+        return self.draw(logits, state, None if empty_at is None else logits[empty_at])
+
+    def draw(self, logits: Tensor, state: SamplingState, empty: Tensor | None = None) -> Tensor:
+        """Tokens ``[B]`` from ``logits`` and the empty texts' ``[B, head_rows]``; moves ``state`` on."""
+        return sample_step(logits, state, end_id=self.config.end_id, pad_id=self._banned, empty=empty)
 
     @property
     def _banned(self) -> int:

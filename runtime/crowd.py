@@ -16,7 +16,9 @@ from kinetok.model.streaming import StreamingDetokenizer
 from kinetok.motion import Motion
 from kinetok.motion.features import ROTATIONS
 from kinetok.runtime.backends import open_backend
-from kinetok.runtime.scheduler import Character, Job, Scheduler
+from kinetok.runtime.character import Character, Job
+from kinetok.runtime.memory import memory_plan
+from kinetok.runtime.scheduler import Scheduler
 
 UNREAD_SECONDS = 20.0  # a character whose frames nobody reads stands still after so many; longer than any trained clip
 
@@ -74,12 +76,12 @@ class Crowd:
             raise UserError(f"expected at least one character and a queue of at least one, got {characters}, {queue}")
         slots = 2 * characters
         self.model = model
-        try:
+        device = model.tokenizer.decoder.last.weight.device
+        with memory_plan(f"a crowd of {characters} characters with {positions} positions each", device):
             self.scheduler = Scheduler(open_backend(backend, model, slots, positions), model.decoder.config, queue)
             self.detokenizer = StreamingDetokenizer(model.tokenizer, slots)
-        except (MemoryError, RuntimeError) as error:  # torch reports a full memory as either
-            raise UserError(f"no memory for {characters} characters of {positions} positions: ask for fewer") from error
-        device = model.tokenizer.decoder.last.weight.device
+        # Frames are made beside the decoder's next step, which is under way by then.
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._scale, self._shift = (torch.from_numpy(x).to(device, torch.float32) for x in (model.std, model.mean))
         self._limit = UNREAD_SECONDS * FRAME_RATE
         self._queue = queue
@@ -153,7 +155,8 @@ class Crowd:
             twin = _Figure(self.scheduler.fork(figure.character, job), figure.text)
             if figure.place is not None:
                 place = self._free_place()
-                self.detokenizer.copy(figure.place, place)
+                with torch.cuda.stream(self._side):
+                    self.detokenizer.copy(figure.place, place)
                 twin.place = place
             seen = figure.reading
             last = _stand(np.concatenate(seen.unread), seen.last)[2] if seen.unread else seen.last
@@ -184,6 +187,10 @@ class Crowd:
     def _detokenize(self) -> None:
         """Turn every token that is not yet detokenized into frames, one token a character at a time: the same pushes, and
         so the same bits, whatever was cut off before."""
+        with torch.cuda.stream(self._side):
+            self._push()
+
+    def _push(self) -> None:
         figures = [f for f in self._figures.values() if not f.closed and not _lost(f) and f.character.tokens]
         self._collect(figures)  # what an exception kept from being collected
         while behind := [f for f in figures if not _lost(f) and self._pushed(f) < len(f.character.tokens)]:

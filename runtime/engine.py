@@ -20,11 +20,12 @@ from kinetok.model.text import check_prompt
 from kinetok.motion import Motion
 from kinetok.runtime.backends import open_backend
 from kinetok.runtime.backends.auto import Chosen, choose_backend
+from kinetok.runtime.character import Job
 from kinetok.runtime.crowd import Crowd, Update
 from kinetok.runtime.generate import sample_tokens
 from kinetok.runtime.memory import within_memory
 from kinetok.runtime.sampling import CARRIED_SECONDS, KEPT_SECONDS, TRAINED_SECONDS, SamplingParams, token_budget
-from kinetok.runtime.scheduler import Job, Scheduler
+from kinetok.runtime.scheduler import Scheduler
 from kinetok.runtime.stream import Stream
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.model.decoder import MotionDecoder
-from kinetok.runtime.scheduler import ENDED_AT_ONCE, Job, Scheduler
+from kinetok.runtime.character import Job
+from kinetok.runtime.scheduler import ENDED_AT_ONCE, Scheduler
 
 
 @torch.inference_mode()

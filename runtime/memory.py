@@ -111,6 +111,13 @@ def within_memory(what: str, need: int, device: torch.device, *, rows: int = 0) 
             f"out of memory: {what} needs {need / GIGA:.2f} GB, but {device} has {free / GIGA:.2f} GB free; "
             f"{fewer}{advice(free)}"
         )
+    with memory_plan(what, device):
+        yield
+
+
+@contextmanager
+def memory_plan(what: str, device: torch.device) -> Iterator[None]:
+    """Allocate inside. Raises ``UserError`` with a plan where memory runs out; every other error comes through."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

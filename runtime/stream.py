@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 from kinetok.errors import UserError
 from kinetok.motion import Motion
+from kinetok.runtime.character import Job
 from kinetok.runtime.crowd import Crowd
-from kinetok.runtime.scheduler import Job
 
 
 class Stream(Iterator[Motion]):

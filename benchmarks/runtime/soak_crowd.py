@@ -84,11 +84,11 @@ class Story:
 class Chaos:
     """A crowd, and the stories of everyone in it."""
 
-    def __init__(self, seed: int, *, causal: bool = True, characters: int = 3) -> None:
+    def __init__(self, seed: int, *, causal: bool = True, characters: int = 3, backend: str = "torch") -> None:
         self.random = random.Random(seed)
-        self.engine = small_engine(causal=causal, characters=characters, queue=4)
+        self.engine = small_engine(causal=causal, characters=characters, queue=4, backend=backend)
         self.crowd = self.engine._start()
-        self.solo = small_engine(causal=causal, characters=1, queue=1)
+        self.solo = small_engine(causal=causal, characters=2, queue=1, backend=backend)
         self.stories: dict[int, Story] = {}
         self.counts: Counter[str] = Counter()
         self._break_decode()
@@ -96,11 +96,13 @@ class Chaos:
     def _break_decode(self) -> None:
         """Make the backend and the detokenizer raise when told to."""
         self.broken: set[str] = set()
-        for owner, name in (
-            (self.crowd.scheduler.backend, "decode"),
-            (self.crowd.detokenizer.tokenizer, "unpatch"),
+        backend = self.crowd.scheduler.backend
+        step = "decode_and_draw" if hasattr(backend, "decode_and_draw") else "decode"
+        for owner, method, name in (
+            (backend, step, "decode"),
+            (self.crowd.detokenizer.tokenizer, "unpatch", "unpatch"),
         ):
-            setattr(owner, name, self._breakable(name, getattr(owner, name)))
+            setattr(owner, method, self._breakable(name, getattr(owner, method)))
 
     def _breakable(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any) -> Any:
@@ -214,11 +216,10 @@ class Chaos:
                 if event == "redirect":
                     self.solo.redirect(handle, argument)
                 else:  # alone it goes on as its own twin
-                    scheduler = crowd.scheduler
-                    scheduler.admit()
-                    character = crowd._get(handle).character
-                    character.job = _renamed(character.job, argument)
-                    character.noise = None
+                    crowd.scheduler.admit()
+                    twin = self.solo.fork(handle, request=argument)
+                    self.solo.cancel(handle)
+                    handle = twin
             self.solo.step()
             expected = list(crowd._get(handle).character.tokens)
             update = self.solo.poll(handle)
@@ -259,20 +260,15 @@ class Chaos:
         self.check()
 
 
-def _renamed(job: Any, request: int) -> Any:
-    from dataclasses import replace
-
-    return replace(job, request=request)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--events", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="torch", help="torch, or fused: drawn on the device, read a step late")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    chaos, began = Chaos(options.seed), time.process_time()
+    chaos, began = Chaos(options.seed, backend=options.backend), time.process_time()
     memory: list[int] = []
 
     def report(done: int) -> None:
@@ -281,6 +277,7 @@ def main() -> None:
             "events": done,
             "of": options.events,
             "seed": options.seed,
+            "backend": options.backend,
             "counts": dict(chaos.counts),
             "cpu_s": round(time.process_time() - began, 1),
             "peak_memory_mb_every_20th": memory,

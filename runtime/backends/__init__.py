@@ -1,12 +1,13 @@
 """What computes logits: the seam between the scheduler and torch, ONNX Runtime and whatever follows."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
+from kinetok.kernels.sampling import Draw
 from kinetok.model.pretrained import ModelBundle
 
 
@@ -39,6 +40,46 @@ class Backend(Protocol):
 
     def copy(self, source: int, target: int) -> None:
         """Make ``target`` what ``source`` is."""
+        ...
+
+
+class Reading(Protocol):
+    """Tokens on their way from the device."""
+
+    def token(self, slot: int) -> int | None:
+        """The token of the character whose first slot this is, once it has come; the end token for one that ended.
+
+        None where its logits were no numbers.
+        """
+        ...
+
+
+@runtime_checkable
+class DrawingBackend(Backend, Protocol):
+    """A backend that draws on the device, so that a step need not wait for the host nor the host for a step.
+
+    ``slots`` of one character are its text's and, with guidance, the empty text's; the first one names it. The tokens are
+    those of docs/numerics.md. None of the calls waits for the device; nor do they have to be read before the next one.
+    """
+
+    def begin(self, slots: Sequence[int], lengths: Sequence[int], draw: Draw, written: int, logits: Tensor) -> Reading:
+        """Draw a character's token number ``written`` from ``logits [len(slots), head_rows]``.
+
+        lengths: positions of each slot in use; what follows them is not used any more. Raises ``UserError`` where
+        ``draw`` leaves no room for a token.
+        """
+        ...
+
+    def resume(self, slots: Sequence[int], lengths: Sequence[int], draw: Draw, written: int, token: int) -> None:
+        """Let a character go on that has ``written`` tokens, the newest of which, ``token``, is not in its slots yet."""
+        ...
+
+    def decode_and_draw(self, characters: Sequence[int]) -> Reading:
+        """Feed these characters' newest tokens, and draw the next ones; nobody else's cache or draws change.
+
+        One that drew its end token, or the last one that it may, draws no more. Raises ``UserError`` for a full slot, and
+        then nothing has changed.
+        """
         ...
 
 

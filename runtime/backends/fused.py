@@ -1,72 +1,230 @@
-"""The decode step of fused kernels on packed weights; on a GPU replayed as one CUDA graph for each number of slots."""
+"""Decode and draw in fused kernels on packed weights; on a GPU a step is one CUDA graph."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from kinetok.errors import UserError
 from kinetok.kernels.linear.packing import FLOATS
+from kinetok.kernels.sampling import Draw, SamplingState
+from kinetok.kernels.sampling.state import FAILED, FULL, HELD, RUNNING
 from kinetok.model.decode_step import FusedDecoderStep
 from kinetok.model.decoder import MotionDecoder
 from kinetok.runtime.backends.torch import TorchBackend
+from kinetok.runtime.memory import within_memory
+
+_PACKED: WeakKeyDictionary[MotionDecoder, FusedDecoderStep] = WeakKeyDictionary()
+
+
+def packed_step(decoder: MotionDecoder) -> FusedDecoderStep:
+    """The step of a decoder; its weights are packed once, for all backends on it.
+
+    Raises ``UserError`` for weights that the kernels do not take, and where there is no memory for the packed copy.
+    """
+    if decoder not in _PACKED:
+        weight = decoder.embed.weight
+        kinds = {value: name for name, value in FLOATS.items()}
+        if weight.dtype not in kinds or not isinstance(decoder.blocks[0].qkv, nn.Linear):
+            raise UserError(f"backend fused: expected plain weights in {', '.join(FLOATS)}; use the backend torch")
+        products = [module.weight for module in decoder.modules() if isinstance(module, nn.Linear)]
+        need = sum(product.numel() for product in products) * weight.dtype.itemsize
+        with within_memory("a packed copy of the decoder's weights", need, weight.device):
+            _PACKED[decoder] = FusedDecoderStep(decoder, kinds[weight.dtype])
+    return _PACKED[decoder]
+
+
+class Drawn:
+    """``Reading`` of neighbouring rows: copies that the device makes while it goes on."""
+
+    def __init__(self, first: int, tokens: Tensor, status: Tensor) -> None:
+        self._first = first
+        self._arrived: torch.cuda.Event | None = None
+        self._tokens, self._status = _on_its_way(tokens), _on_its_way(status)
+        if tokens.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def token(self, slot: int) -> int | None:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        row = slot - self._first
+        return None if int(self._status[row]) == FAILED else int(self._tokens[row])
+
+
+def _on_its_way(x: Tensor) -> Tensor:
+    if not x.is_cuda:
+        return x.clone()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 class FusedBackend(TorchBackend):
-    """``Backend`` on ``FusedDecoderStep``, with weights packed once in the decoder's dtype; texts are prefilled by torch.
+    """``DrawingBackend`` on ``FusedDecoderStep``, with weights packed once in the decoder's dtype; texts prefilled by torch.
 
-    A step runs the first 1, 2, 4, ... slots, whichever of them are in the call: the batch then has one of few sizes, and the
-    kernels see a row's position in a tensor on the device, so that one captured graph serves every step of that size. A slot
-    that is not in the call writes to its next position, which its own next token writes again. Nothing in a step waits
-    for the device. On a CPU the same step runs by its definition: right, slow, and tested. **Never run on a GPU yet.**
+    Newest token, next position, draw and state of every slot are tensors on the device, which a step reads and moves on:
+    decode, guidance, draw, position and end are one captured graph, and nothing in it waits for the host. A step
+    runs the first 1, 2, 4, ... slots, so that a few graphs serve every crowd. A slot among them that does not take part
+    feeds its newest token again and draws nothing, which leaves it as it was. On a CPU the same step runs by its
+    definition: right, slow, and tested. **Never run on a GPU yet.**
     """
 
     def __init__(self, decoder: MotionDecoder, slots: int, capacity: int) -> None:
         super().__init__(decoder, slots, capacity)
-        dtype = decoder.embed.weight.dtype
-        kinds = {value: name for name, value in FLOATS.items()}
-        if dtype not in kinds or not isinstance(decoder.blocks[0].qkv, nn.Linear):
-            raise UserError(f"backend fused: expected plain weights in {', '.join(FLOATS)}; use the backend torch")
-        self._step = FusedDecoderStep(decoder, kinds[dtype])
+        self._step = packed_step(decoder)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=self.device)
-        self._positions = torch.zeros_like(self._tokens)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._at = torch.zeros_like(self._tokens)  # where a slot's newest token goes
+        self._leader = torch.arange(slots, device=self.device)  # whose draw a slot takes
+        self._empty = torch.arange(slots, device=self.device)  # where the logits of its empty text are
+        self._state = SamplingState.start([Draw(most=1)] * slots, self.device)
+        self._state.status.fill_(FULL)
+        self._slots_of: dict[int, list[int]] = {}
+        self._draws: dict[int, Draw] = {}
+        self._taking_part: list[int] | None = None  # of the last step; None: to be told again
+        self._graphs: dict[tuple[int, str], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, text: Tensor, tokens: Sequence[int] = ()) -> Tensor:
+        logits = super().prefill(slot, text, tokens)
+        self._place(slot, self.lengths[slot], FULL)
+        return logits
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int) -> None:
+        super().copy(source, target)
+        self._place(target, self.lengths[target], FULL)
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
-        if any(self.lengths[slot] >= self.capacity for slot in slots):
-            raise UserError(f"a slot holds {self.capacity} positions and is full")
+        self._check_room(slots)
         if not slots:
             return self._tokens.new_zeros((0, self._step.config.head_rows), dtype=torch.float32)
-        rows = min(self.slots, 1 << max(slots).bit_length())
-        where = torch.tensor(list(slots)).to(self.device, non_blocking=True)
-        # A full slot can only start anew, so it does not matter what its last position becomes.
-        at = torch.tensor([min(length, self.capacity - 1) for length in self.lengths])
-        self._positions.copy_(at, non_blocking=True)
+        rows = self._bucket(max(slots))
+        where = self._sent(list(slots))
+        self._at[where] = self._sent([self.lengths[slot] for slot in slots])
         self._tokens[where] = tokens
-        logits = self._run(rows)[where]
+        logits = self._run((rows, "logits"), lambda: self._step.logits(*self._rows(rows)))[where]
         for slot in slots:
             self.lengths[slot] += 1
         return logits
 
-    def _run(self, rows: int) -> Tensor:
-        """Logits of the first ``rows`` slots, fp32 ``[rows, head_rows]``."""
-        if self.device.type != "cuda":
-            return self._logits(rows)
-        if rows not in self._graphs:
+    @torch.inference_mode()
+    def begin(self, slots: Sequence[int], lengths: Sequence[int], draw: Draw, written: int, logits: Tensor) -> Drawn:
+        first = slots[0]
+        self._join(slots, lengths, draw, written)
+        state = self._state.rows(slice(first, first + 1))
+        token = self._step.draw(logits[:1], state, logits[1:] if len(slots) == 2 else None)
+        for slot in slots:
+            self._tokens[slot : slot + 1] = token
+        return Drawn(first, token, state.status)
+
+    @torch.inference_mode()
+    def resume(self, slots: Sequence[int], lengths: Sequence[int], draw: Draw, written: int, token: int) -> None:
+        self._join(slots, lengths, draw, written)
+        for slot in slots:
+            self._tokens[slot].fill_(token)
+
+    @torch.inference_mode()
+    def decode_and_draw(self, characters: Sequence[int]) -> Drawn:
+        slots = [slot for first in characters for slot in self._slots_of[first]]
+        self._check_room(slots)
+        rows = self._bucket(max(slots))
+        if self._taking_part != list(characters):
+            self._choose(characters)
+        guided = any(len(self._slots_of[first]) == 2 for first in characters)
+        greedy = not guided and all(self._draws[first].temperature == 0 for first in characters)
+        kind = "guided" if guided else "greedy" if greedy else "plain"
+        tokens = self._run((rows, kind), lambda: self._drawn(rows, kind))
+        for slot in slots:
+            self.lengths[slot] += 1
+        return Drawn(0, tokens, self._state.status[:rows])
+
+    def _drawn(self, rows: int, kind: str) -> Tensor:
+        """One step of the first ``rows`` slots, all of it on the device; the tokens ``[rows]`` that were drawn."""
+        tokens, at, slab = self._rows(rows)
+        state = self._state.rows(slice(rows))
+        if kind == "greedy":
+            drawn = self._step.greedy(tokens, at, slab, state)
+        else:
+            drawn = self._step.sample(tokens, at, slab, state, self._empty[:rows] if kind == "guided" else None)
+        taken = drawn[self._leader[:rows]]
+        moved = taken != self._step.config.end_id
+        torch.where(moved, taken, tokens, out=tokens)
+        # A full slot can only start anew, so it does not matter where it stands.
+        at.add_(moved).clamp_(max=self.capacity - 1)
+        return drawn
+
+    def _rows(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self._tokens[:rows], self._at[:rows], self.slab[:, :, :rows]
+
+    def _join(self, slots: Sequence[int], lengths: Sequence[int], draw: Draw, written: int) -> None:
+        first = slots[0]
+        for slot, length in zip(slots, lengths, strict=True):
+            self._place(slot, length, FULL)
+        self._state.put(first, draw, written)
+        self._slots_of[first], self._draws[first] = list(slots), draw
+
+    def _place(self, slot: int, length: int, status: int) -> None:
+        """What the slot holds from now on, and that nobody is to draw for it."""
+        self.lengths[slot] = length
+        self._taking_part = None
+        self._at[slot].fill_(min(length, self.capacity - 1))
+        self._state.status[slot].fill_(status)
+
+    def _choose(self, characters: Sequence[int]) -> None:
+        """Let these characters draw, and hold the others."""
+        self._taking_part = None
+        leader, empty, part = list(range(self.slots)), list(range(self.slots)), [0] * self.slots
+        for first in characters:
+            part[first] = 1
+            for slot in self._slots_of[first]:
+                leader[slot], empty[first] = first, slot
+        told = self._sent([leader, empty, part])
+        self._leader.copy_(told[0])
+        self._empty.copy_(told[1])
+        status, chosen = self._state.status, told[2] == 1
+        held, running = chosen & (status == HELD), ~chosen & (status == RUNNING)
+        status.masked_fill_(held, RUNNING).masked_fill_(running, HELD)
+        self._taking_part = list(characters)
+
+    def _check_room(self, slots: Sequence[int]) -> None:
+        if any(self.lengths[slot] >= self.capacity for slot in slots):
+            raise UserError(f"a slot holds {self.capacity} positions and is full")
+
+    def _bucket(self, slot: int) -> int:
+        return min(self.slots, 1 << slot.bit_length())
+
+    def _sent(self, numbers: list[int] | list[list[int]]) -> Tensor:
+        """int64 on the device; the host does not wait."""
+        x = torch.tensor(numbers)
+        return x if self._pool is None else x.pin_memory().to(self.device, non_blocking=True)
+
+    def _run(self, key: tuple[int, str], call: Callable[[], Tensor]) -> Tensor:
+        """The result of ``call``, on a GPU from its graph: it is overwritten by the next run."""
+        if self._pool is None:
+            return call()
+        if key not in self._graphs:
             # Kernels are compiled, and their scratch memory taken, before the capture and beside the current stream.
             side = torch.cuda.Stream(self.device)
             side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
-                self._logits(rows)
+            with torch.cuda.stream(side), self._nobody_draws():
+                call()
             torch.cuda.current_stream(self.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self._logits(rows)
-            self._graphs[rows] = (graph, logits)
-        graph, logits = self._graphs[rows]
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = call()
+            self._graphs[key] = (graph, result)
+        graph, result = self._graphs[key]
         graph.replay()
-        return logits
+        return result
 
-    def _logits(self, rows: int) -> Tensor:
-        return self._step.logits(self._tokens[:rows], self._positions[:rows], self.slab[:, :, :rows])
+    @contextmanager
+    def _nobody_draws(self) -> Iterator[None]:
+        status = self._state.status.clone()
+        self._state.status.fill_(HELD)
+        try:
+            yield
+        finally:
+            self._state.status.copy_(status)

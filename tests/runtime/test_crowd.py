@@ -141,22 +141,25 @@ def test_frames_that_are_no_numbers_end_their_character_alone(soak) -> None:
     np.testing.assert_allclose(good, engine.generate("walk", seconds=1)[0].features, atol=2e-6)
 
 
-def told(soak, interrupt: int | None) -> tuple[int, list]:
+STEP = ("scheduler.py", "steps.py", "ahead.py", "crowd.py", "streaming.py", "backends/torch.py", "backends/fused.py")
+
+
+def told(soak, backend: str, interrupt: int | None) -> tuple[int, list]:
     """Three characters, the fourth step of whom is cut off at its line number ``interrupt``; how many lines it has, and
     everyone's frames and state."""
-    engine = soak.small_engine(causal=False)
+    engine = soak.small_engine(causal=False, backend=backend)
     wishes = [{"seconds": 0.5, "guidance": 2.0}, {"seconds": 4 / 15}, {"seconds": 13.0}]
     handles = [engine.submit("walk", request=i, **wish) for i, wish in enumerate(wishes)]
     for _ in range(3):
         engine.step()
     engine._start()._figures[handles[2]].character.job = replace(
-        engine._start().job(handles[2]), most=9, window=3, keep=2
+        engine._start().job(handles[2]), least=9, most=9, window=3, keep=2
     )
     lines = 0
 
     def trace(frame, event, _):
         nonlocal lines
-        if not frame.f_code.co_filename.endswith(("scheduler.py", "crowd.py", "streaming.py", "backends/torch.py")):
+        if not frame.f_code.co_filename.endswith(STEP):
             return None
         if event == "line":
             lines += 1
@@ -175,11 +178,12 @@ def told(soak, interrupt: int | None) -> tuple[int, list]:
     return lines, [read(engine, handle) for handle in handles]
 
 
-def test_ctrl_c_anywhere_in_a_step_changes_nobodys_frames(soak) -> None:
-    lines, expected = told(soak, None)
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_ctrl_c_anywhere_in_a_step_changes_nobodys_frames(soak, backend: str) -> None:
+    lines, expected = told(soak, backend, None)
     assert [(len(frames), state) for frames, state in expected] == [(16, "done"), (8, "done"), (18, "done")]
     for interrupt in range(1, lines, lines // 25):
-        _, got = told(soak, interrupt)
+        _, got = told(soak, backend, interrupt)
         for (frames, state), (wanted, _) in zip(got, expected, strict=True):
             assert state == "done" and np.array_equal(frames, wanted), f"cut off at line {interrupt} of {lines}"
 
@@ -210,9 +214,11 @@ class Stories(RuleBasedStateMachine):
 
     soak = None
 
+    backend = "torch"
+
     @initialize(seed=st.integers(0, 9), characters=st.integers(1, 3), causal=st.booleans())
     def start(self, seed: int, characters: int, causal: bool) -> None:
-        self.chaos = self.soak.Chaos(seed, characters=characters, causal=causal)
+        self.chaos = self.soak.Chaos(seed, characters=characters, causal=causal, backend=self.backend)
 
     @rule(name=st.sampled_from(["submit", "submit", "poll", "cancel", "fork", "redirect", "fault"]))
     def event(self, name: str) -> None:
@@ -233,11 +239,12 @@ class Stories(RuleBasedStateMachine):
             self.chaos.finish()
 
 
-def test_random_stories(soak) -> None:
-    Stories.soak = soak
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_random_stories(soak, backend: str) -> None:
+    Stories.soak, Stories.backend = soak, backend
     case = Stories.TestCase()
     case.settings = settings(
-        max_examples=6,
+        max_examples=6 if backend == "torch" else 4,
         stateful_step_count=25,
         deadline=None,
         suppress_health_check=list(HealthCheck),

@@ -1,4 +1,7 @@
-"""Tokens of many characters: against an uncached oracle, windows and new texts included; the queue; what goes wrong."""
+"""Tokens of many characters: against an uncached oracle, windows and new texts included; the queue; what goes wrong.
+
+All of it twice: drawn on the host, and on the device, where the host reads a step late (there by the kernels' definitions).
+"""
 
 from dataclasses import replace
 
@@ -9,9 +12,11 @@ from kinetok.errors import UserError
 from kinetok.kernels.sampling import guide, sample
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
-from kinetok.runtime import SamplingParams
+from kinetok.runtime import SamplingParams, steps
+from kinetok.runtime.backends.fused import FusedBackend
 from kinetok.runtime.backends.torch import TorchBackend
-from kinetok.runtime.scheduler import Job, Scheduler
+from kinetok.runtime.character import Job
+from kinetok.runtime.scheduler import Scheduler
 
 PLAIN = SamplingParams(temperature=1.0, top_k=0, top_p=0.9, guidance=1.0)
 
@@ -20,6 +25,12 @@ PLAIN = SamplingParams(temperature=1.0, top_k=0, top_p=0.9, guidance=1.0)
 def decoder() -> MotionDecoder:
     torch.manual_seed(3)
     return MotionDecoder(DecoderConfig(n_layer=2, n_head=2, n_embd=32, codebook=60, text_dim=8, block_size=64)).eval()
+
+
+@pytest.fixture(autouse=True, params=[TorchBackend, FusedBackend], ids=["host", "device"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    monkeypatch.setitem(globals(), "KIND", request.param)
+    return request.param
 
 
 def features(seed: int, length: int = 4) -> torch.Tensor:
@@ -32,7 +43,7 @@ def job(seed: int = 0, **changes) -> Job:
 
 
 def scheduler(decoder: MotionDecoder, slots: int = 4, **changes) -> Scheduler:
-    return Scheduler(TorchBackend(decoder, slots, 64), decoder.config, changes.get("queue", 9))
+    return Scheduler(KIND(decoder, slots, 64), decoder.config, changes.get("queue", 9))  # type: ignore[name-defined]  # noqa: F821
 
 
 @torch.inference_mode()
@@ -145,6 +156,9 @@ def test_what_can_never_run_is_refused(decoder) -> None:
             crowd.submit(bad)
     with pytest.raises(UserError, match="2 slots"):
         crowd.submit(job(empty=features(1)))
+    for bad in (torch.zeros(3, 9), torch.zeros(0, 8), torch.zeros(8)):
+        with pytest.raises(UserError, match=r"features \[L, 8\]"):
+            crowd.submit(job(text=bad))
     assert not crowd.waiting
     longest = crowd.submit(job(least=61, most=61, window=61))
     run(crowd, longest)
@@ -154,10 +168,9 @@ def test_what_can_never_run_is_refused(decoder) -> None:
 def test_one_whose_logits_are_no_numbers_fails_alone(decoder) -> None:
     crowd = scheduler(decoder)
     good, bad = crowd.submit(job(0)), crowd.submit(job(1, text=torch.full((3, 8), torch.nan)))
-    wide = crowd.submit(job(2, text=torch.zeros(3, 9)))
-    run(crowd, good, bad, wide)
-    assert bad.state == wide.state == "failed" and good.state == "done"
-    assert "token 0" in bad.error and "finite" in bad.error and "token 0" in wide.error
+    run(crowd, good, bad)
+    assert bad.state == "failed" and good.state == "done"
+    assert "token 0" in bad.error and "finite" in bad.error
     single = scheduler(decoder)
     again = single.submit(job(0))
     run(single, again)
@@ -165,33 +178,84 @@ def test_one_whose_logits_are_no_numbers_fails_alone(decoder) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("lost the device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("name", ["decode", "prefill"])
-def test_a_step_that_was_cut_off_can_be_repeated(decoder, monkeypatch, error, name: str) -> None:
+@pytest.mark.parametrize("name", ["a step", "prefill"])
+def test_a_step_that_was_cut_off_can_be_repeated(decoder, kind, monkeypatch, error, name: str) -> None:
     crowd = scheduler(decoder)
     characters = [crowd.submit(job(0))]
     for _ in range(3):
         crowd.step()
-    characters.append(crowd.submit(job(1)))
-    healthy = getattr(crowd.backend, name)
+    characters.append(crowd.submit(job(1, empty=features(9), params=replace(PLAIN, guidance=2.0))))
+    owner = crowd.backend
+    if name == "a step":
+        name = "decode" if kind is TorchBackend else "decode_and_draw"
+    healthy = getattr(owner, name)
 
     def breaks(*args):
-        monkeypatch.setattr(crowd.backend, name, healthy)
+        monkeypatch.setattr(owner, name, healthy)
         raise error
 
-    monkeypatch.setattr(crowd.backend, name, breaks)
-    if name == "prefill" and isinstance(error, RuntimeError):
+    monkeypatch.setattr(owner, name, breaks)
+    with pytest.raises(type(error)):
         crowd.step()
-        assert characters[1].state == "failed" and "lost the device" in characters[1].error
-        characters.pop()
-    else:
-        with pytest.raises(type(error)):
-            crowd.step()
     run(crowd, *characters)
     for character in characters:
         single = scheduler(decoder)
         alone = single.submit(character.job)
         run(single, alone)
         assert character.tokens == alone.tokens
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("no room for it"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_one_that_cannot_be_prefilled_fails_alone(decoder, monkeypatch, error) -> None:
+    crowd = scheduler(decoder)
+    good, bad = crowd.submit(job(0)), crowd.submit(job(1))
+    prefill = crowd.backend.prefill
+
+    def refuses(slot, *args):
+        if slot == 1:
+            raise error
+        return prefill(slot, *args)
+
+    monkeypatch.setattr(crowd.backend, "prefill", refuses)
+    run(crowd, good, bad)
+    assert good.state == "done" and bad.state == "failed"
+    wanted = "no room for it" if isinstance(error, UserError) else "out of memory: a text of 4 positions"
+    assert bad.error.startswith(f"at token 0: {wanted}") and "Tried" not in bad.error
+
+
+def test_those_who_run_do_not_wait_for_all_who_join(decoder, monkeypatch) -> None:
+    monkeypatch.setattr(steps, "PREFILLED_AT_ONCE", 10)
+    crowd = scheduler(decoder, slots=8, queue=8)
+    first = crowd.submit(job(0, text=features(0, 20)))  # longer than a step's share, and joins at once all the same
+    crowd.step()
+    assert len(first.tokens) == 1
+    others = [crowd.submit(job(i, text=features(i, 4))) for i in range(1, 6)]
+    counts = []
+    for _ in range(4):
+        moved = crowd.step()
+        assert all(c in moved for c in (first, *others) if c.tokens)
+        counts.append([len(c.tokens) for c in (first, *others)])
+    assert counts == [[2, 1, 1, 0, 0, 0], [3, 2, 2, 1, 1, 0], [4, 3, 3, 2, 2, 1], [5, 4, 4, 3, 3, 2]]
+    run(crowd, first, *others)
+    for character in (first, *others):
+        single = scheduler(decoder)
+        alone = single.submit(character.job)
+        run(single, alone)
+        assert character.tokens == alone.tokens
+
+
+def test_nobody_who_slides_is_passed_over_for_ever(decoder, monkeypatch) -> None:
+    monkeypatch.setattr(steps, "PREFILLED_AT_ONCE", 1)
+    crowd = scheduler(decoder, slots=4)
+    characters = [crowd.submit(job(i, least=18, most=18, window=3, keep=2)) for i in range(4)]
+    spread = 0
+    for _ in range(80):  # each wants a prefill every other token, and a step has one
+        crowd.step()
+        counts = [len(c.tokens) for c in characters]
+        spread = max(spread, max(counts) - min(counts))
+    assert counts == [18] * 4 and spread <= 4
 
 
 @pytest.mark.parametrize("steps", [0, 6])
