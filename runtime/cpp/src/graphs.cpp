@@ -5,12 +5,12 @@
 
 namespace kinetok {
 
-Graphs::Graphs(const Bundle& bundle, const ort::Runtime& runtime, const kt_model_options& options, uint32_t rows_each, Memory& memory)
+Graphs::Graphs(const Bundle& bundle, const ort::Runtime& runtime, const ort::Provider& provider, const kt_model_options& options,
+               uint32_t rows_each, Memory& memory)
     : characters(options.characters), capacity(options.positions), rows(rows_each), bundle_(bundle) {
   if (!bundle.has_graph("detokenize_stream"))
     throw Error(KT_ERROR_BUNDLE, "this bundle's tokenizer looks ahead, which this library does not stream yet: use a model with a causal tokenizer");
   const bool hash = !(options.flags & KT_OPEN_NO_HASHES);
-  const std::string provider = options.provider ? options.provider : "cpu";
   const int threads = static_cast<int>(options.threads);
   const auto open = [&](const char* name) {
     return std::make_unique<ort::Session>(runtime, bundle.graph(name, hash), provider, threads);

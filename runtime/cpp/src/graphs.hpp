@@ -16,7 +16,8 @@ class Graphs {
  public:
   static constexpr uint32_t TOGETHER = 8;  // most characters in one call
 
-  Graphs(const Bundle& bundle, const ort::Runtime& runtime, const kt_model_options& options, uint32_t rows, Memory& memory);
+  Graphs(const Bundle& bundle, const ort::Runtime& runtime, const ort::Provider& provider, const kt_model_options& options, uint32_t rows,
+         Memory& memory);
 
   // Start one row anew with text features [length, text_dim]; its logits follow from the text.
   void prefill(uint32_t row, float* features, uint32_t length);

@@ -43,6 +43,7 @@ class JsonReader {
 
   Json read(int depth) {
     if (depth > Json::MAX_DEPTH) fail("less nesting");
+    if (++values_ > Json::MAX_VALUES) fail("fewer values");
     space();
     Json value;
     switch (peek()) {
@@ -166,7 +167,7 @@ class JsonReader {
   }
 
   std::string_view text_;
-  size_t at_ = 0;
+  size_t at_ = 0, values_ = 0;
 };
 
 Json Json::parse(std::string_view text) { return JsonReader(text).document(); }

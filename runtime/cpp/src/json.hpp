@@ -1,4 +1,4 @@
-// JSON for the bundle's manifest: strict, bounded, no recursion deeper than MAX_DEPTH. Throws Error(KT_ERROR_BUNDLE).
+// JSON for the bundle's manifest: strict, no deeper than MAX_DEPTH, no more than MAX_VALUES. Throws Error(KT_ERROR_BUNDLE).
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,7 @@ class Json {
  public:
   enum class Type { null, boolean, number, string, array, object };
   static constexpr int MAX_DEPTH = 32;
+  static constexpr size_t MAX_VALUES = 1 << 21;  // 200 MB of them: a few bytes of text each must not fill the memory
 
   static Json parse(std::string_view text);
 

@@ -42,13 +42,13 @@ uint32_t rows_each(const Bundle& bundle, uint32_t flags) {
 Model::Model(const char* folder, const kt_model_options& options)
     : bundle_(folder),
       options_(complete(options, bundle_)),
-      provider_(options.provider ? options.provider : "cpu"),
       rows_(rows_each(bundle_, options.flags)),
       memory_(options_),
       runtime_(options.onnxruntime ? options.onnxruntime : ""),
+      provider_(runtime_, options.provider ? options.provider : "cpu"),
       sampler_(bundle_.logits) {
   const bool hash = !(options_.flags & KT_OPEN_NO_HASHES);
-  graphs_ = std::make_unique<Graphs>(bundle_, runtime_, options_, rows_, memory_);
+  graphs_ = std::make_unique<Graphs>(bundle_, runtime_, provider_, options_, rows_, memory_);
   if (graphs_->encodes()) words_ = std::make_unique<WordPiece>(bundle_.text, read_file(bundle_.file(bundle_.text.vocab, hash), 64u << 20));
   bank_ = bundle_.bank_features(hash);
   find_empty();

@@ -23,7 +23,7 @@ class Model {
   const Bundle& bundle() const { return bundle_; }
   const kt_model_options& options() const { return options_; }
   const std::string& runtime_version() const { return runtime_.version; }
-  const std::string& provider() const { return provider_; }
+  const std::string& provider() const { return provider_.name; }
   uint64_t memory_bytes() const { return memory_.total(); }
   bool in_line() const { return options_.flags & KT_OPEN_INLINE; }
   bool guided() const { return rows_ == 2; }
@@ -71,10 +71,10 @@ class Model {
 
   const Bundle bundle_;
   kt_model_options options_;
-  std::string provider_;
   uint32_t rows_;
   Memory memory_;
   ort::Runtime runtime_;
+  ort::Provider provider_;
   std::unique_ptr<Graphs> graphs_;
   std::unique_ptr<WordPiece> words_;
   std::vector<float> bank_, empty_;  // features; empty_ [empty_rows_, text_dim] of the empty text

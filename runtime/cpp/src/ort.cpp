@@ -77,7 +77,68 @@ void Runtime::check(abi::Status* status, const char* doing) const {
   throw Error(KT_ERROR_RUNTIME, "ONNX Runtime %.20s, %.100s: %s", version.c_str(), doing, text);
 }
 
-Session::Session(const Runtime& owner, const std::string& path, const std::string& provider, int threads) : runtime(owner) {
+Provider::Provider(const Runtime& runtime, const std::string& wanted) : runtime_(runtime) {
+  const Inside scope;
+  const size_t colon = std::min(wanted.find(':'), wanted.size());
+  given_ = wanted.substr(0, colon);
+  for (size_t at = colon + 1; at < wanted.size();) {
+    const size_t end = std::min(wanted.find(',', at), wanted.size()), equals = wanted.find('=', at);
+    if (equals >= end || equals == at)
+      throw Error(KT_ERROR_ARGUMENT, "provider: expected NAME or NAME:key=value,key=value, got %.100s", wanted.c_str());
+    keys_.push_back(wanted.substr(at, equals - at));
+    values_.push_back(wanted.substr(equals + 1, end - equals - 1));
+    at = end + 1;
+  }
+  const auto lower = [](std::string text) {
+    std::transform(text.begin(), text.end(), text.begin(), [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; });
+    return text;
+  };
+  char** names = nullptr;
+  int count = 0;
+  runtime.check(runtime.api.available(&names, &count), "listing its providers");
+  const std::string suffix = "ExecutionProvider";
+  std::string all;
+  for (int i = 0; i < count; ++i) {
+    const std::string listed = names[i];
+    const std::string plain = listed.substr(0, listed.size() - std::min(listed.size(), suffix.size()));
+    if (lower(plain) == lower(given_) || listed == given_) name = listed;
+    all += (i ? ", " : "") + lower(plain);
+  }
+  runtime.check(runtime.api.release_available(names, count), "listing its providers");
+  if (name.empty())
+    throw Error(KT_ERROR_RUNTIME, "provider: expected one that ONNX Runtime %.20s has (%.150s), got %.60s: choose one of them, or name another library in onnxruntime",
+                runtime.version.c_str(), all.c_str(), given_.c_str());
+  if (is("CPU") && !keys_.empty()) throw Error(KT_ERROR_ARGUMENT, "provider: cpu takes no options, got %.100s", wanted.c_str());
+}
+
+void Provider::append(abi::SessionOptions* options) const {
+  const auto pointers = [](const std::vector<std::string>& texts) {
+    std::vector<const char*> out;
+    for (const std::string& text : texts) out.push_back(text.c_str());
+    return out;
+  };
+  const auto keys = pointers(keys_), values = pointers(values_);
+  const abi::Api& api = runtime_.api;
+  const auto check = [&](abi::Status* status) { runtime_.check(status, name.c_str()); };
+  // Two providers take options of a type of their own, the others come by name.
+  if (is("CUDA")) {
+    abi::CudaOptions* own = nullptr;
+    check(api.create_cuda(&own));
+    const std::unique_ptr<abi::CudaOptions, decltype(api.release_cuda)> held(own, api.release_cuda);
+    check(api.update_cuda(own, keys.data(), values.data(), keys.size()));
+    check(api.append_cuda(options, own));
+  } else if (is("Tensorrt")) {
+    abi::TensorRtOptions* own = nullptr;
+    check(api.create_tensorrt(&own));
+    const std::unique_ptr<abi::TensorRtOptions, decltype(api.release_tensorrt)> held(own, api.release_tensorrt);
+    check(api.update_tensorrt(own, keys.data(), values.data(), keys.size()));
+    check(api.append_tensorrt(options, own));
+  } else if (!is("CPU")) {
+    check(api.append_provider(options, given_.c_str(), keys.data(), values.data(), keys.size()));
+  }
+}
+
+Session::Session(const Runtime& owner, const std::string& path, const Provider& provider, int threads) : runtime(owner) {
   const Inside scope;
   abi::SessionOptions* options = nullptr;
   runtime.check(runtime.api.create_options(&options), "starting");
@@ -86,8 +147,7 @@ Session::Session(const Runtime& owner, const std::string& path, const std::strin
   runtime.check(runtime.api.set_log_level(options, abi::LOG_ERROR), "starting");
   runtime.check(runtime.api.set_intra_threads(options, threads), "starting");
   runtime.check(runtime.api.set_inter_threads(options, 1), "starting");
-  if (provider != "cpu")
-    runtime.check(runtime.api.append_provider(options, provider.c_str(), nullptr, nullptr, 0), "choosing the provider");
+  provider.append(options);
   // native() is what the operating system calls a path: wide characters on Windows.
   const std::filesystem::path file = std::filesystem::u8path(path);
   runtime.check(runtime.api.create_session(runtime.env, file.c_str(), options, &handle), path.c_str());

@@ -28,9 +28,24 @@ class Runtime {
   abi::MemoryInfo* memory = nullptr;
 };
 
+// An execution provider, from "NAME" or "NAME:key=value,key=value"; capitals do not matter.
+class Provider {
+ public:
+  // Throws Error(KT_ERROR_ARGUMENT) for what is no such string, Error(KT_ERROR_RUNTIME) where this ONNX Runtime lacks it.
+  Provider(const Runtime& runtime, const std::string& wanted);
+  void append(abi::SessionOptions* options) const;
+  std::string name;  // as ONNX Runtime lists it: "CPUExecutionProvider"
+
+ private:
+  bool is(const char* known) const { return name == std::string(known) + "ExecutionProvider"; }
+  const Runtime& runtime_;
+  std::string given_;  // the name as the host spelt it
+  std::vector<std::string> keys_, values_;
+};
+
 class Session {
  public:
-  Session(const Runtime& runtime, const std::string& path, const std::string& provider, int threads);
+  Session(const Runtime& runtime, const std::string& path, const Provider& provider, int threads);
   ~Session();
   Session(const Session&) = delete;
   const Runtime& runtime;

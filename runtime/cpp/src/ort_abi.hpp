@@ -24,6 +24,8 @@ struct SessionOptions;
 struct Value;
 struct MemoryInfo;
 struct RunOptions;
+struct CudaOptions;
+struct TensorRtOptions;
 
 inline constexpr uint32_t API_VERSION = 17;  // of ONNX Runtime 1.17; every later one answers it
 inline constexpr int LOG_ERROR = 3, ARENA_ALLOCATOR = 1, DEFAULT_MEMORY = 0;
@@ -56,6 +58,19 @@ struct Base {
   X(release_session, 95, ReleaseSession, void, (Session*))                                                               \
   X(release_value, 96, ReleaseValue, void, (Value*))                                                                     \
   X(release_options, 100, ReleaseSessionOptions, void, (SessionOptions*))                                                \
+  X(available, 125, GetAvailableProviders, Status*, (char*** names, int* count))                                         \
+  X(release_available, 126, ReleaseAvailableProviders, Status*, (char** names, int count))                               \
+  X(append_tensorrt, 170, SessionOptionsAppendExecutionProvider_TensorRT_V2, Status*,                                    \
+    (SessionOptions*, const TensorRtOptions*))                                                                           \
+  X(create_tensorrt, 171, CreateTensorRTProviderOptions, Status*, (TensorRtOptions**))                                   \
+  X(update_tensorrt, 172, UpdateTensorRTProviderOptions, Status*,                                                        \
+    (TensorRtOptions*, const char* const* keys, const char* const* values, size_t))                                      \
+  X(release_tensorrt, 174, ReleaseTensorRTProviderOptions, void, (TensorRtOptions*))                                     \
+  X(append_cuda, 204, SessionOptionsAppendExecutionProvider_CUDA_V2, Status*, (SessionOptions*, const CudaOptions*))     \
+  X(create_cuda, 205, CreateCUDAProviderOptions, Status*, (CudaOptions**))                                               \
+  X(update_cuda, 206, UpdateCUDAProviderOptions, Status*,                                                                \
+    (CudaOptions*, const char* const* keys, const char* const* values, size_t))                                          \
+  X(release_cuda, 208, ReleaseCUDAProviderOptions, void, (CudaOptions*))                                                 \
   X(append_provider, 216, SessionOptionsAppendExecutionProvider, Status*,                                                \
     (SessionOptions*, const char* name, const char* const* keys, const char* const* values, size_t))
 

@@ -22,6 +22,9 @@ TEST(json_is_strict) {
   for (const char* bad : {"", "{", "[1,]", "{\"a\" 1}", "nan", "inf", "1e999", "\"\\ud800\"", "\"\n\"", "[1] 2", "tru", "\"\\x\"", "+1", "{1: 2}", "\"a"})
     CHECK(thrown([bad] { Json::parse(bad); }) == KT_ERROR_BUNDLE);
   CHECK(thrown([] { Json::parse(std::string(100000, '[')); }) == KT_ERROR_BUNDLE);
+  std::string many = "[0";
+  for (size_t i = 0; i < Json::MAX_VALUES; ++i) many += ",0";
+  CHECK(thrown([&] { Json::parse(many + "]"); }) == KT_ERROR_BUNDLE);
   CHECK(Json::parse("\"\\u00e9\\ud83d\\ude00\"").string("x") == "\xc3\xa9\xf0\x9f\x98\x80");
 }
 
