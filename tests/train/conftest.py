@@ -1,13 +1,26 @@
-"""A toy that the training loop fits."""
+"""A toy that the training loop fits, and a small folder in MotionMillion's layout."""
 
-from collections.abc import Mapping
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from kinetok.model.config import DecoderConfig, TokenizerConfig
+from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.train.optim import LoopConfig
+from kinetok.train.scale_recipes import ScaleRecipe
+from kinetok.train.tokenizer import save_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 CONFIG = LoopConfig(steps=40, lr=0.05, warmup=4, validate_every=10, save_every=10, ema=0.9)
 
@@ -40,3 +53,144 @@ def line() -> type[Line]:
 @pytest.fixture
 def config() -> LoopConfig:
     return CONFIG
+
+
+@pytest.fixture
+def names() -> list[str]:
+    """The clips of ``motionmillion``."""
+    return [f"part{i % 3}/clip.{i}" for i in range(25)]
+
+
+def features(name: str) -> np.ndarray:
+    """Those of the clip in ``motionmillion``: 40, 42, 44 or 46 frames."""
+    number = int(name.split(".")[-1])
+    return np.random.default_rng(len(name) + number).standard_normal((40 + 2 * (number % 4), 272)).astype(np.float32)
+
+
+@pytest.fixture
+def motionmillion(tmp_path: Path, names: list[str]) -> Path:
+    """MotionMillion's layout with 25 clips, every fifth in val; each has a caption of its own and one that all share."""
+    folder = tmp_path / "MotionMillion"
+    motions, texts = folder / "motion_data/vector_272", folder / "texts"
+    lists = folder / "split/version1/t2m_60_300"
+    for name in names:
+        (motions / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(motions / f"{name}.npy", features(name))
+        (texts / name).parent.mkdir(parents=True, exist_ok=True)
+        (texts / f"{name}.txt").write_text(f"a person walks {name}\n\na person walks\n")
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("\n".join(n for i, n in enumerate(names) if i % 5) + "\n")
+    (lists / "val.txt").write_text("\n".join(names[::5]) + "\n")
+    return folder
+
+
+@pytest.fixture
+def clip_features() -> Callable[[str], np.ndarray]:
+    return features
+
+
+class TrainedStore:
+    """A folder with a clip store of 40 clips, 33 of them for training, and the tokenizer of its tokens; and a recipe."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store, self.tokenizer = folder / "store", folder / "tokenizer.pt"
+        config = TokenizerConfig(nb_code=256, code_dim=8, width=8, depth=1)
+        model = DecoderConfig(n_layer=2, n_head=2, n_embd=16, codebook=config.codebook, text_dim=6, block_size=80)
+        loop = LoopConfig(steps=6, lr=3e-3, warmup=2, validate_every=3, save_every=2, log_every=1, ema=0.9)
+        self.recipe = ScaleRecipe(model=model, loop=loop, batch=8, min_tokens=5, max_tokens=60, bf16=False)
+        torch.manual_seed(0)
+        mean, std = torch.zeros(272, dtype=torch.float64), torch.ones(272, dtype=torch.float64)
+        save_tokenizer(self.tokenizer, MotionTokenizer(config), mean, std, {})
+
+
+@pytest.fixture(scope="session")
+def trained_store(tmp_path_factory: pytest.TempPathFactory) -> TrainedStore:
+    """Clips of 30 to 68 frames with tokens and text features of width 6."""
+    pytest.importorskip("pyarrow", reason="a clip store has a Parquet index, and pyarrow is not installed")
+    from kinetok.train.data import sequences
+    from kinetok.train.data.shard_import import import_shards
+    from kinetok.train.data.shards import ClipStore
+    from kinetok.train.decoder import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("trained")
+    source = folder / "MotionMillion"
+    rng = np.random.default_rng(0)
+    for kind in ("motion_data/vector_272", "texts", "split/version1/t2m_60_300"):
+        (source / kind).mkdir(parents=True)
+    for number in range(40):
+        frames = rng.standard_normal((30 + 2 * (number % 20), 272)).astype(np.float32)
+        np.save(source / "motion_data/vector_272" / f"{number}.npy", frames)
+        (source / "texts" / f"{number}.txt").write_text(f"a person does {number}\n" * (1 + number % 2))
+    lists = source / "split/version1/t2m_60_300"
+    (lists / "train.txt").write_text("\n".join(map(str, range(33))))
+    (lists / "val.txt").write_text("\n".join(map(str, range(33, 40))))
+    import_shards(source, folder / "store", clips=16)
+    found = TrainedStore(folder)
+    clips = ClipStore(found.store)
+    sequences.write_tokens(clips, found.tokenizer, *load_tokenizer(found.tokenizer))
+
+    class Encoder:
+        dim, name = 6, "numbers"
+
+        def encode(self, texts: list[str]) -> list[Tensor]:
+            return [torch.linspace(0, len(text), 6 * (3 + len(text) % 5)).view(-1, 6) for text in texts]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequences, "text_encoder", lambda spec: Encoder())
+        sequences.write_text(clips, {"type": "none", "name": "numbers"})
+    return found
+
+
+class Processes:
+    """Processes that each run a program with torchrun's variables."""
+
+    def __init__(self, program: str, world: int, *, room: int | None = None, **extra: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **extra}
+        shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "200"}
+        limit = None if room is None else (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+        self.all = [
+            subprocess.Popen(
+                [sys.executable, "-c", program],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                preexec_fn=limit,
+            )
+            for rank in range(world)
+        ]
+
+    def end(self, timeout: float = 300) -> list[tuple[int, str, str]]:
+        """(exit code, output, errors) of each, which have to end by themselves."""
+        found = []
+        try:
+            for process in self.all:
+                output, errors = process.communicate(timeout=timeout)
+                found.append((process.returncode, output, errors))
+        finally:
+            for process in self.all:
+                process.kill()
+        return found
+
+
+@pytest.fixture(scope="session")
+def processes() -> type[Processes]:
+    return Processes
+
+
+@pytest.fixture
+def killed() -> Callable[[str, Path, int], dict]:
+    """What ``killing.py`` says of a job in a folder that was killed so often."""
+
+    def run(job: str, folder: Path, kills: int) -> dict:
+        script = Path(__file__).with_name("killing.py")
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2] / "src")}
+        command = [sys.executable, str(script), job, str(folder), str(kills)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run

@@ -66,7 +66,7 @@ def import_motions(
             reasons = "; ".join(f"{file}: {reason}" for file, reason in list(found.refused.items())[:SHOWN])
             more = f"; and {len(found.refused) - SHOWN} more" if len(found.refused) > SHOWN else ""
             raise UserError(f"{source}: expected motion files with captions, but none can be used: {reasons}{more}")
-        splits = _splits([one for one, _, _ in usable])
+        splits = splits_of([one for one, _, _ in usable])
         write_recordings(folder / MOTIONS, [(one.id, recording) for one, recording, _ in usable])
         lines = [
             json.dumps(asdict(_entry(one, recording, flips, split)), ensure_ascii=False)
@@ -129,8 +129,11 @@ def _entry(source: Source, recording: Recording, flips: int, split: str) -> Entr
     )
 
 
-def _splits(sources: Sequence[Source]) -> list[str]:
-    """A split for each: its own, or else by a hash, so that more files later leave the earlier ones where they are."""
+def splits_of(sources: Sequence[Source]) -> list[str]:
+    """A split for each: its own, or else by a hash, so that more files later leave the earlier ones where they are.
+
+    One in ten falls into val, and at least one does where two or more are free.
+    """
     rank = [int.from_bytes(hashlib.sha256(one.id.encode()).digest()[:8]) / 2**64 for one in sources]
     splits = [one.split or ("val" if at < VALIDATION else "train") for one, at in zip(sources, rank, strict=True)]
     free = [row for row, one in enumerate(sources) if one.split is None]

@@ -2,7 +2,10 @@
 
 tokens-<tokenizer>/     about.json, tokens.bin: int32, clip after clip, of each frames // frames_per_token
 text/                   about.json, features.bin: fp16 [rows, dim], lengths.bin: int32, rows of each different caption,
-                        captions.npy: int32, for every caption of every clip the number of the different one
+                        captions.bin: int32, for every caption of every clip the number of the different one,
+                        counts.bin: int32, captions of each clip
+
+While one is written it is called ``NAME.writing``; what was interrupted there goes on, to the same bytes.
 """
 
 import hashlib
@@ -18,14 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.files import whole_directory, whole_file
+from kinetok.files import whole_file
 from kinetok.model.text import TextEncoder, text_encoder
 from kinetok.model.tokenizer import MotionTokenizer
-from kinetok.train.data.shards import ClipStore, need_pyarrow
+from kinetok.train.data.registry import Registry
+from kinetok.train.data.shard_import import alone
+from kinetok.train.data.shards import ClipStore
 
-TOKENS_FORMAT, TEXT_FORMAT = "kinetok-tokens-1", "kinetok-text-1"
-ABOUT, TEXT, CAPTIONS = "about.json", "text", "captions.npy"
-TEXT_FILES = ("features.bin", "lengths.bin")
+TOKENS_FORMAT, TEXT_FORMAT = "kinetok-tokens-2", "kinetok-text-2"
+ABOUT, PROGRESS, TOKENS, TEXT = "about.json", "progress.json", "tokens.bin", "text"
+FEATURES, LENGTHS, CAPTIONS, COUNTS = "features.bin", "lengths.bin", "captions.bin", "counts.bin"
 BATCH_FRAMES = 20_000  # frames of one pass of the tokenizer
 Progress = Callable[[int, int, str], None]
 
@@ -63,103 +68,161 @@ def write_tokens(
 ) -> Path:
     """Tokens of every clip with the trained tokenizer of ``path``, whole clips cut to a multiple of its unit (section 6).
 
-    Clips of one length go through it together: a clip's tokens are those it has alone. Returns the folder, which is left
-    as it is where it is there already.
+    Clips of one length go through it together: a clip's tokens are those it has alone. Goes on where it was interrupted.
+    Returns the folder, which is left as it is where it is there already. Raises ``UserError`` where the disk is full.
     """
     out = store.folder / tokens_name(path)
-    if (out / ABOUT).exists():
-        return out
     unit = tokenizer.config.frames_per_token
+    about = {"format": TOKENS_FORMAT, "store": store.digest, "clips": len(store), "frames_per_token": unit}
+    about |= {"codebook": tokenizer.config.codebook}
+    if (out / ABOUT).exists():
+        _same_store(out, _about(out, TOKENS_FORMAT, "kinetok data tokens"), store)
+        return out
     counts = store.frames // unit
     if int(counts.min()) < 1:
         raise UserError(f"{store.folder}: expected clips of at least {unit} frames, got {int(store.frames.min())}")
     offsets = np.concatenate(([0], np.cumsum(counts)))
     tokenizer = tokenizer.to(device).eval()
     mean, std = mean.to(device), std.to(device)
-    done = 0
-    with whole_directory(out, lambda _: False, "no folder") as folder:
-        tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="w+", shape=(int(offsets[-1]),))
-        order = np.argsort(counts, kind="stable")
-        for count, start in zip(*np.unique(counts[order], return_index=True), strict=True):
-            group = order[start : start + int((counts == count).sum())]
-            for clips in np.array_split(group, max(1, len(group) * int(count) * unit // BATCH_FRAMES)):
-                frames = np.stack([store.read(int(clip))[: int(count) * unit] for clip in clips])
-                normal = (torch.from_numpy(frames).to(device).double() - mean) / std
-                found = tokenizer.encode(normal.float()).cpu().numpy()
-                for clip, row in zip(clips, found, strict=True):
-                    tokens[offsets[clip] : offsets[clip + 1]] = row
-                done += len(clips)
-                if progress is not None:
-                    progress(done, len(store), "tokens")
-        tokens.flush()
-        about = {"format": TOKENS_FORMAT, "clips": len(store), "tokens": int(offsets[-1]), "frames_per_token": unit}
-        (folder / ABOUT).write_text(json.dumps({**about, "codebook": tokenizer.config.codebook}), encoding="utf-8")
+    here = _writing(out)
+    try:
+        with alone(here, "writing tokens"):
+            # Another batch or device could round differently, and the bytes would depend on where it was interrupted.
+            state = _state(here, {**about, "batch_frames": BATCH_FRAMES, "device": torch.device(device).type})
+            passes = _passes(counts, unit)
+            done = sum(map(len, passes[: state["passes"]]))
+            with (here / TOKENS).open("r+b" if state["passes"] else "wb") as file:
+                for number in range(state["passes"], len(passes)):
+                    clips = passes[number]
+                    frames = np.stack([store.read(int(clip))[: int(counts[clips[0]]) * unit] for clip in clips])
+                    normal = (torch.from_numpy(frames).to(device).double() - mean) / std
+                    found = tokenizer.encode(normal.float()).cpu().numpy().astype(np.int32)
+                    for clip, row in zip(clips, found, strict=True):
+                        file.seek(4 * int(offsets[clip]))
+                        file.write(row.tobytes())
+                    file.flush()
+                    _save(here / PROGRESS, {**state, "passes": number + 1})
+                    done += len(clips)
+                    if progress is not None:
+                        progress(done, len(store), "tokens")
+            _finish(here, out, {**about, "tokens": int(offsets[-1])})
+    except OSError as error:
+        raise UserError(f"cannot write {here}: {error.strerror or error}; it goes on from there") from error
     return out
 
 
-def _different(store: ClipStore) -> tuple[Any, NDArray[np.int32]]:
-    """The different captions, and for every caption of every clip its number among them."""
-    arrow = need_pyarrow()
-    coded = arrow.chunked_array([chunk.flatten() for chunk in store.index.column("captions").chunks])
-    coded = coded.combine_chunks().dictionary_encode()
-    if isinstance(coded, arrow.ChunkedArray):
-        coded = coded.combine_chunks()
-    return coded.dictionary, coded.indices.to_numpy().astype(np.int32)
+def _passes(counts: NDArray[np.int64], unit: int) -> list[NDArray[np.int64]]:
+    """The clips of every pass: of one length, at most about ``BATCH_FRAMES`` frames."""
+    order = np.argsort(counts, kind="stable")
+    lengths, starts = np.unique(counts[order], return_index=True)
+    passes = []
+    for length, group in zip(lengths, np.split(order, starts[1:]), strict=True):
+        passes += np.array_split(group, max(1, len(group) * int(length) * unit // BATCH_FRAMES))
+    return passes
+
+
+def _writing(out: Path) -> Path:
+    here = out.with_name(f"{out.name}.writing")
+    try:
+        here.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {here}: {error.strerror or error}") from error
+    return here
+
+
+def _state(here: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """How far an interrupted run of the same work is. ``UserError`` where it was another's."""
+    path = here / PROGRESS
+    if not path.exists():
+        _save(path, {"about": about, "passes": 0})
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if state["about"] != json.loads(json.dumps(about)):
+            names = [name for name in about if state["about"].get(name) != about[name]]
+            raise UserError(
+                f"{here}: something else was being written there (it differs in {', '.join(names)}); delete that folder"
+            )
+        state["passes"] = int(state["passes"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: expected the progress of an interrupted run, but {error}; delete {here}") from error
+    return state
+
+
+def _save(path: Path, value: Any) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _finish(here: Path, out: Path, about: Mapping[str, Any]) -> None:
+    """A folder that is whole takes its name; what only writing it needed goes."""
+    _save(here / ABOUT, about)
+    for one in here.iterdir():
+        if one.name == PROGRESS or one.name.startswith("."):
+            one.unlink()
+    here.replace(out)
 
 
 def write_text(store: ClipStore, spec: Mapping[str, Any], *, progress: Progress | None = None) -> Path:
     """Features of every different caption by the encoder that ``spec`` names (``model/text.py``), each encoded once.
 
-    Goes on where it was interrupted. Raises ``UserError`` where features of another encoder are there.
+    Goes on where it was interrupted; which captions are different is found out on the disk. Raises ``UserError`` where
+    features of another encoder are there, and where the disk is full.
     """
-    out, here = store.folder / TEXT, store.folder / f"{TEXT}.writing"
+    out = store.folder / TEXT
+    about = {"format": TEXT_FORMAT, "store": store.digest, "encoder": dict(spec)}
     if (out / ABOUT).exists():
-        there = _about(out, TEXT_FORMAT, "kinetok data text")["encoder"]
-        if there != dict(spec):
+        there = _about(out, TEXT_FORMAT, "kinetok data text")
+        _same_store(out, there, store)
+        if there["encoder"] != dict(spec):
             raise UserError(
-                f"{out}: the features of {there} are there, expected {dict(spec)}; delete that folder first"
+                f"{out}: the features of {there['encoder']} are there, expected {dict(spec)}; delete that folder first"
             )
         return out
-    texts, numbers = _different(store)
-    encoder: TextEncoder = text_encoder(spec)
-    here.mkdir(exist_ok=True)
-    note = here / "encoder.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != dict(spec):
-        raise UserError(f"{here}: features of another encoder were being written there; delete that folder first")
-    note.write_text(json.dumps(dict(spec)), encoding="utf-8")
+    here = _writing(out)
     try:
-        lengths = _resume(here, encoder.dim)
-        with (here / TEXT_FILES[0]).open("ab") as rows, (here / TEXT_FILES[1]).open("ab") as sizes:
-            for number in range(len(lengths), len(texts)):
-                features = encoder.encode([texts[number].as_py()])[0].half().cpu().numpy()
-                rows.write(features.tobytes())
-                sizes.write(np.int32(len(features)).tobytes())
-                if progress is not None:
-                    progress(number + 1, len(texts), "captions")
-        np.save(here / CAPTIONS, numbers)
-        about = {"format": TEXT_FORMAT, "captions": len(texts), "dim": encoder.dim, "encoder": dict(spec)}
-        with whole_file(here / ABOUT) as temporary:
-            temporary.write_text(json.dumps(about), encoding="utf-8")
-        note.unlink()
-        here.replace(out)
+        with alone(here, "writing text features"):
+            _state(here, about)
+            with Registry(here / "captions.sqlite") as texts:
+                with (here / CAPTIONS).open("wb") as numbers, (here / COUNTS).open("wb") as counts:
+                    for captions in store.all_captions():
+                        numbers.write(np.array([texts.number(one)[0] for one in captions], np.int32).tobytes())
+                        counts.write(np.int32(len(captions)).tobytes())
+                encoder: TextEncoder = text_encoder(spec)
+                done = _resume(here, encoder.dim)
+                with (here / FEATURES).open("ab") as rows, (here / LENGTHS).open("ab") as sizes:
+                    for number, text in enumerate(texts.texts(done), start=done):
+                        features = encoder.encode([text])[0].half().cpu().numpy()
+                        if not np.isfinite(features).all():
+                            raise UserError(f"the encoder's features of {text[:60]!r} are not finite in 16 bits")
+                        rows.write(features.tobytes())
+                        sizes.write(np.int32(len(features)).tobytes())
+                        if progress is not None:
+                            progress(number + 1, len(texts), "captions")
+                different = len(texts)
+            _finish(here, out, {**about, "captions": different, "dim": encoder.dim})
     except OSError as error:
-        raise UserError(f"cannot write {here}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {here}: {error.strerror or error}; it goes on from there") from error
     return out
 
 
-def _resume(here: Path, dim: int) -> NDArray[np.int32]:
-    """The lengths that an interrupted run left with their rows; both files are cut to them."""
-    rows, sizes = (here / name for name in TEXT_FILES)
-    if not rows.exists() or not sizes.exists():
-        for path in (rows, sizes):
-            path.write_bytes(b"")
-        return np.zeros(0, np.int32)
+def _resume(here: Path, dim: int) -> int:
+    """How many captions an interrupted run left whole; both files are cut to them."""
+    rows, sizes = (here / name for name in (FEATURES, LENGTHS))
+    for path in (rows, sizes):
+        path.touch()
     lengths = np.fromfile(sizes, np.int32, count=sizes.stat().st_size // 4)
     ends = np.cumsum(lengths, dtype=np.int64) * dim * 2
     lengths = lengths[: int((ends <= rows.stat().st_size).sum())]
     os.truncate(sizes, 4 * len(lengths))
     os.truncate(rows, int(lengths.sum(dtype=np.int64)) * dim * 2)
-    return lengths
+    return len(lengths)
+
+
+def _same_store(folder: Path, about: Mapping[str, Any], store: ClipStore) -> None:
+    if about.get("store") != store.digest:
+        raise UserError(f"{folder}: does not belong to the clips of this store; delete it, make it anew")
 
 
 class Sequences:
@@ -174,32 +237,23 @@ class Sequences:
         self.folder = self.store.folder
         tokens = self.folder / tokens_name(tokenizer)
         about = _about(tokens, TOKENS_FORMAT, f"kinetok data tokens {folder} --tokenizer {tokenizer}")
-        text = _about(self.folder / TEXT, TEXT_FORMAT, f"kinetok data text {folder}")
+        text_folder = self.folder / TEXT
+        text = _about(text_folder, TEXT_FORMAT, f"kinetok data text {folder}")
+        _same_store(tokens, about, self.store)
+        _same_store(text_folder, text, self.store)
         self.text_dim, self.text_encoder = int(text["dim"]), dict(text["encoder"])
-        self.identity = [tokens.name, about["clips"], text["captions"]]
+        self.identity = [tokens.name, self.store.digest]
         self.splits = self.store.splits
         self.lengths = self.store.frames // int(about["frames_per_token"])
         self._offsets = np.concatenate(([0], np.cumsum(self.lengths)))
-        self.text_lengths = np.fromfile(self.folder / TEXT / TEXT_FILES[1], np.int32).astype(np.int64)
+        self._counts = _mapped(text_folder / COUNTS, np.int32, len(self.store)).astype(np.int64)
+        self._starts = np.cumsum(self._counts) - self._counts
+        self.text_lengths = _mapped(text_folder / LENGTHS, np.int32, int(text["captions"])).astype(np.int64)
         self._rows = np.concatenate(([0], np.cumsum(self.text_lengths)))
-        self._numbers = np.load(self.folder / TEXT / CAPTIONS, allow_pickle=False)
-        captions = self.store.index.column("captions")
-        counts = need_pyarrow().compute.list_value_length(captions).to_numpy().astype(np.int64)
-        self._counts, self._starts = counts, np.cumsum(counts) - counts
-        for path, size in (
-            (tokens / "tokens.bin", 4 * int(self._offsets[-1])),
-            (self.folder / TEXT / TEXT_FILES[0], 2 * self.text_dim * int(self._rows[-1])),
-        ):
-            if not path.exists() or path.stat().st_size != size or about["clips"] != len(self.store):
-                raise UserError(
-                    f"{path}: expected {size} bytes for the clips of this store; delete its folder, make it anew"
-                )
-        if len(self._numbers) != counts.sum() or len(self.text_lengths) != text["captions"]:
-            raise UserError(
-                f"{self.folder / TEXT}: does not belong to the clips of this store; delete it, make it anew"
-            )
-        self._tokens = np.memmap(tokens / "tokens.bin", np.int32, "r")
-        self._text = np.memmap(self.folder / TEXT / TEXT_FILES[0], np.float16, "r").reshape(-1, self.text_dim)
+        self._tokens = _mapped(tokens / TOKENS, np.int32, int(self._offsets[-1]))
+        self._numbers = _mapped(text_folder / CAPTIONS, np.int32, int(self._counts.sum()))
+        rows = _mapped(text_folder / FEATURES, np.float16, self.text_dim * int(self._rows[-1]))
+        self._text = rows.reshape(-1, self.text_dim)
 
     def tokens(self, clip: int) -> Tensor:
         """int64 ``[lengths[clip]]``."""
@@ -219,6 +273,14 @@ class Sequences:
         return self.store.captions(clip)[at - int(self._starts[clip])]
 
 
+def _mapped(path: Path, dtype: Any, count: int) -> NDArray:
+    """An array of a file that must hold exactly that many numbers."""
+    size = np.dtype(dtype).itemsize * count
+    if not path.is_file() or path.stat().st_size != size or not count:
+        raise UserError(f"{path}: expected {size} bytes for the clips of this store; delete its folder, make it anew")
+    return np.memmap(path, dtype, "r")
+
+
 def mean_lengths(folder: str | Path, most_text: int, least: int, most: int) -> tuple[float, float] | None:
     """Mean text features and tokens of a draw from a store's training clips of ``least`` to ``most`` tokens.
 
@@ -229,6 +291,6 @@ def mean_lengths(folder: str | Path, most_text: int, least: int, most: int) -> t
     clips = np.flatnonzero((store.splits == "train") & (lengths >= least) & (lengths <= most))
     if not (store.folder / TEXT / ABOUT).exists() or not len(clips):
         return None
-    sizes = np.fromfile(store.folder / TEXT / TEXT_FILES[1], np.int32)
-    numbers = np.load(store.folder / TEXT / CAPTIONS, allow_pickle=False)
-    return float(np.minimum(sizes[numbers], most_text).mean()), float(lengths[clips].mean())
+    sizes = np.fromfile(store.folder / TEXT / LENGTHS, np.int32)
+    numbers = np.memmap(store.folder / TEXT / CAPTIONS, np.int32, "r")
+    return float(np.minimum(sizes, most_text)[numbers].mean()), float(lengths[clips].mean())

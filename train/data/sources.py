@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kinetok.errors import UserError
-from kinetok.model.text import check_prompt, read_prompts
+from kinetok.model.text import check_prompt, parse_prompts, read_prompts
 from kinetok.motion.io import READS
+from kinetok.train.data.arrays import plain_bytes
 from kinetok.train.data.store import SPLITS
 
 TABLE = "captions.csv"
+MOST_TEXT = 1_000_000  # bytes of the captions of one clip
 MOTIONMILLION = ("motion_data/vector_272", "texts", "split/version1/t2m_60_300")  # section 6
 
 
@@ -81,6 +83,8 @@ def _motion_files(root: Path, folder: Path, without: Path, found: Found) -> dict
         file = path.relative_to(folder).as_posix()
         if not file.isprintable():
             found.refuse(ascii(file), "expected a file name of printable characters")
+        elif not path.is_file():
+            found.refuse(file, "expected a plain file")
         elif name in files:
             found.refuse(file, f"{files[name].name} is there too and has the same name")
         else:
@@ -117,7 +121,8 @@ def _from_texts(
             found.refuse(file, "in none of the lists in split")
         else:
             try:
-                sentences = tuple(dict.fromkeys(read_prompts(captions[name])))
+                said = captions[name].relative_to(folder).as_posix()
+                sentences = tuple(dict.fromkeys(parse_prompts(plain_bytes(captions[name], MOST_TEXT), said)))
             except UserError as error:
                 found.refuse(file, error)
                 continue

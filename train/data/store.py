@@ -109,7 +109,11 @@ def _short(value: Any) -> str:
     return repr(value)[:60] if isinstance(value, str | int | float | None) else type(value).__name__
 
 
-def _entries(folder: Path) -> Iterator[tuple[Path, int, Entry]]:
+def set_lines(folder: Path) -> Iterator[tuple[Path, int, str]]:
+    """The lines of a motion set's ``clips_*.jsonl``: (file, number of the line, line); blank ones are skipped.
+
+    ``UserError`` where there are none, and where a file is not UTF-8.
+    """
     lists = sorted(folder.glob("clips_*.jsonl"))
     if not lists:
         raise UserError(
@@ -118,15 +122,55 @@ def _entries(folder: Path) -> Iterator[tuple[Path, int, Entry]]:
         )
     for path in lists:
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            with path.open(encoding="utf-8", newline="\n") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield path, number, line
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: expected a UTF-8 file of JSON lines, but {error}") from error
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield path, number, Entry.parse(line)
-                except UserError as error:
-                    raise UserError(f"{path}, line {number}: {error}") from error
+
+
+class MotionSet:
+    """The clips of a motion set one after another; one file of recordings is in memory at a time."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._recordings: Recordings | None = None
+
+    def open(self, path: Path) -> None:
+        """Go to the recordings beside a ``clips_*.jsonl``. ``UserError`` where they cannot be read."""
+        source = recordings_of(path)
+        if self._recordings is None or self._recordings.path != source:
+            self._recordings = Recordings(source)
+
+    def entry(self, line: str) -> Entry:
+        """The clip of a line. ``UserError`` where it is wrong or met before, or its recording is not there."""
+        assert self._recordings is not None
+        entry = Entry.parse(line)
+        if entry.id in self._seen:
+            raise UserError(f"the clip id {entry.id!r} occurs twice")
+        self._seen.add(entry.id)
+        frames = self._recordings.frames(entry.trial)
+        if frames is None:
+            raise UserError(f"{self._recordings.path.name} has no trial {entry.trial!r}")
+        if not entry.start < entry.end <= frames:
+            got = f"start {entry.start} and end {entry.end}"
+            raise UserError(f"expected a stretch of the {frames} frames of {entry.trial!r}, got {got}")
+        return entry
+
+    def motion(self, entry: Entry) -> tuple[NDArray, NDArray]:
+        """Rotation vectors and root of an entry of the open file, without opening and closing T-poses, on the canonical
+        skeleton."""
+        assert self._recordings is not None
+        recording = self._recordings.read(entry.trial, entry.start, entry.end)
+        keep = between_t_poses(recording.vectors)
+        vectors, root = (array[keep] for array in recording.on_canonical_skeleton())
+        return vectors, root
+
+
+def recordings_of(path: Path) -> Path:
+    """The recordings beside a ``clips_*.jsonl``."""
+    return path.with_name(path.name.replace("clips_", "motions_", 1)).with_suffix(".npz")
 
 
 def read_clips(folder: str | Path, *, min_frames: int = MIN_FRAMES) -> list[Clip]:
@@ -135,27 +179,16 @@ def read_clips(folder: str | Path, *, min_frames: int = MIN_FRAMES) -> list[Clip
     Whole long recordings are left out, since their windows are there; opening and closing T-poses are cut off; what is
     then shorter than ``min_frames`` is left out. Raises ``UserError`` naming the file and what is wrong with it.
     """
-    recordings: dict[Path, Recordings] = {}
-    clips, seen = [], set()
-    for path, number, entry in _entries(Path(folder)):
-        here = f"{path}, line {number}"
-        if entry.id in seen:
-            raise UserError(f"{here}: the clip id {entry.id!r} occurs twice")
-        seen.add(entry.id)
-        source = path.with_name(path.name.replace("clips_", "motions_", 1)).with_suffix(".npz")
-        if source not in recordings:
-            recordings[source] = Recordings(source)
-        frames = recordings[source].frames(entry.trial)
-        if frames is None:
-            raise UserError(f"{here}: {source.name} has no trial {entry.trial!r}")
-        if not entry.start < entry.end <= frames:
-            got = f"start {entry.start} and end {entry.end}"
-            raise UserError(f"{here}: expected a stretch of the {frames} frames of {entry.trial!r}, got {got}")
+    motions, clips = MotionSet(), []
+    for path, number, line in set_lines(Path(folder)):
+        motions.open(path)
+        try:
+            entry = motions.entry(line)
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
         if entry.kind == "long":
             continue
-        recording = recordings[source].read(entry.trial, entry.start, entry.end)
-        keep = between_t_poses(recording.vectors)
-        vectors, root = (array[keep] for array in recording.on_canonical_skeleton())
+        vectors, root = motions.motion(entry)
         if len(root) >= min_frames:
             clips.append(_clip(entry, vectors, root))
     if not clips:

@@ -17,6 +17,7 @@ STORE = typer.Argument(help="A clip store, which import --shards wrote.")
 def register(app: typer.Typer) -> None:
     data = typer.Typer(help="Motion data to train on.")
     data.command("import", epilog=example(IMPORT, SHARDS))(import_command)
+    data.command("check", epilog=example("kinetok data check store"))(check_command)
     tokens = "kinetok data tokens store --tokenizer runs/tokenizer/tokenizer.pt"
     data.command("tokens", epilog=example(tokens))(tokens_command)
     text = "kinetok data text store --encoder flan-t5 --name google/flan-t5-xl"
@@ -72,6 +73,17 @@ def _import_shards(source: Path, out: Path, as_json: bool) -> None:
         print(f"left out {report.left_out}, all of them in {out / 'refused.jsonl'}:")
         for reason, count in sorted(report.reasons.items(), key=lambda one: -one[1]):
             print(f"  {count:>8}  {reason}")
+
+
+def check_command(store: Annotated[Path, STORE]) -> None:
+    """Read every byte of a store and compare it with the index: what was copied or is old may have been damaged."""
+    from kinetok.train.data.checking import check_store
+    from kinetok.train.data.shards import ClipStore
+
+    clips = ClipStore(store)
+    with bar("checking", shown=True) as update:
+        check_store(clips, progress=update)
+    print(f"{store} is whole  ({len(clips)} clips in {len(clips.shards)} shards)")
 
 
 def tokens_command(
