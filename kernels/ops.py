@@ -102,10 +102,23 @@ def check_whole(**tensors: Tensor | None) -> None:
             raise UserError(f"{name}: expected int32 or int64, got {tensor.dtype}")
 
 
-def check_caches(shape: tuple[int, int, int], k_cache: Tensor, v_cache: Tensor, kv_scale: Tensor | None) -> None:
+def cache_positions(cache: Tensor) -> int | None:
+    """Positions of the contiguous ``[rows, heads, positions, head_dim]`` whose first S ``cache`` is; None where it is none."""
+    if cache.is_contiguous():
+        return cache.shape[2]
+    _, heads, used, head_dim = cache.shape
+    step = cache.stride(1)
+    whole = cache.stride() == (heads * step, step, head_dim, 1) and step % head_dim == 0 and step >= used * head_dim
+    return step // head_dim if whole else None
+
+
+def check_caches(
+    shape: tuple[int, int, int], k_cache: Tensor, v_cache: Tensor, kv_scale: Tensor | None, *, first: bool = False
+) -> None:
     """Raise ``UserError`` unless both caches are contiguous ``[rows, heads, S, head_dim]`` of one S and dtype.
 
-    shape is (rows, heads, head_dim). A float8_e4m3fn cache, and no other, comes with ``kv_scale [2, rows, heads]`` in fp32.
+    shape is (rows, heads, head_dim). first: they may also be the first S positions of such caches. A float8_e4m3fn cache,
+    and no other, comes with ``kv_scale [2, rows, heads]`` in fp32.
     """
     rows, heads, head_dim = shape
     for cache in (k_cache, v_cache):
@@ -114,7 +127,9 @@ def check_caches(shape: tuple[int, int, int], k_cache: Tensor, v_cache: Tensor, 
             or (*cache.shape[:2], cache.shape[3]) != shape
             or cache.shape != k_cache.shape
             or cache.dtype != k_cache.dtype
-            or not cache.is_contiguous()
+            or not (cache.is_contiguous() or first)
+            or cache_positions(cache) is None
+            or cache_positions(cache) != cache_positions(k_cache)
         ):
             raise UserError(
                 f"expected contiguous caches [{rows}, {heads}, S, {head_dim}] of one size and dtype, got "

@@ -53,41 +53,51 @@ class FusedDecoderStep:
         weights = [w for layer in self.layers for w in (layer.qkv, layer.attn_out, layer.gate_up, layer.down)]
         return sum(weight.nbytes for weight in (*weights, self.head))
 
-    def hidden(self, tokens: Tensor, positions: Tensor, slab: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, slab: Tensor, reach: int | None = None) -> Tensor:
         """The stream ``[B, d]`` before the last norm, in the embedding's dtype.
 
         tokens ``[B]`` take the positions ``[B]`` (int64; smaller than the capacity) in ``slab [2, layers, B, H, S, hd]``
-        (``KVCache.slab``), to which their keys and values are written.
+        (``KVCache.slab``), to which their keys and values are written. reach: how many first positions of the slab attention
+        looks at; rows that stand beyond it get no numbers worth having. Any reach gives a row within it the same bits.
         """
         x = F.embedding(tokens, self.embed)
-        table = self.table[positions][:, None]
+        table, lengths = self.table[positions][:, None], positions + 1
         heads = self.config.n_head
         for at, layer in enumerate(self.layers):
             keys, values = slab[0, at], slab[1, at]
             qkv = linear(x, layer.qkv, eps=EPS).view(len(x), 1, 3, heads, -1)
             q = rotary_kv_write(qkv, table, positions, keys, values)
-            mixed = decode_attention(q[:, 0], keys, values, positions + 1)
+            mixed = decode_attention(q[:, 0], keys[:, :, :reach], values[:, :, :reach], lengths)
             x = linear(mixed.flatten(1), layer.attn_out, residual=x)
             x = linear(linear(x, layer.gate_up, eps=EPS, swiglu=True), layer.down, residual=x)
         return x
 
-    def logits(self, tokens: Tensor, positions: Tensor, slab: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, positions: Tensor, slab: Tensor, reach: int | None = None) -> Tensor:
         """fp32 logits of the next tokens ``[B, head_rows]``; arguments of ``hidden``."""
-        return linear(self.hidden(tokens, positions, slab), self.head, eps=EPS, wide=True)
+        return linear(self.hidden(tokens, positions, slab, reach), self.head, eps=EPS, wide=True)
 
-    def greedy(self, tokens: Tensor, positions: Tensor, slab: Tensor, state: SamplingState) -> Tensor:
+    def greedy(
+        self, tokens: Tensor, positions: Tensor, slab: Tensor, state: SamplingState, reach: int | None = None
+    ) -> Tensor:
         """The arg-max tokens ``[B]``, logits not written; moves ``state`` on (``kinetok.kernels.sampling.greedy_step``)."""
-        x = self.hidden(tokens, positions, slab)
+        x = self.hidden(tokens, positions, slab, reach)
         return greedy_step(x, self.head, state, end_id=self.config.end_id, pad_id=self._banned, eps=EPS)
 
     def sample(
-        self, tokens: Tensor, positions: Tensor, slab: Tensor, state: SamplingState, empty_at: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slab: Tensor,
+        state: SamplingState,
+        reach: int | None = None,
+        *,
+        empty_at: Tensor | None = None,
     ) -> Tensor:
         """Sampled tokens ``[B]``; moves ``state`` on (``kinetok.kernels.sampling.sample_step``).
 
         empty_at ``[B]`` int64: the row in which each row's empty text is, for guidance.
         """
-        logits = self.logits(tokens, positions, slab)
+        logits = self.logits(tokens, positions, slab, reach)
         return self.draw(logits, state, None if empty_at is None else logits[empty_at])
 
     def draw(self, logits: Tensor, state: SamplingState, empty: Tensor | None = None) -> Tensor:

@@ -2,6 +2,11 @@
 
 A part covers the same positions whatever the batch, the capacity or the other rows' lengths, and the parts of a row are
 added in one order, so a row's bits depend on its own numbers and length alone.
+
+Every row has a program a head for each part of the caches given, and one whose part is beyond the row's length returns at
+once. In a 7B with 512 positions that are 256 programs a row and layer, of which a row of 170 positions needs 96:
+nothing for one row, 10,000 idle programs a layer for 64. So a step hands over the first positions of the slab alone, as many
+as its longest row needs, in powers of two.
 """
 
 import math
@@ -13,8 +18,10 @@ from torch import Tensor
 
 from kinetok.kernels.aot import AotCase
 from kinetok.kernels.float8 import float8_to_float32
+from kinetok.kernels.ops import cache_positions
 
 PART = 64  # positions; 300 of them in a 7B make 160 programs for one row, enough to fill a large GPU
+LEAST_PARTS = 8  # that are added as one tree: with as many as there are, the order would change with the capacity
 
 
 def warps(float8: bool) -> int:
@@ -104,7 +111,7 @@ def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, kv_scale: Tensor | None = None
 ) -> Tensor:
     rows, heads, head_dim = q.shape
-    capacity = k_cache.shape[2]
+    capacity, slab = k_cache.shape[2], cache_positions(k_cache)
     o = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     if not q.numel() or not capacity:
         return o.zero_()
@@ -123,7 +130,7 @@ def decode_attention(
         part,
         weight,
         heads,
-        capacity,
+        slab,
         q.stride(0),
         rows * heads,
         math.log2(math.e) / math.sqrt(head_dim),
@@ -144,7 +151,7 @@ def decode_attention(
         HEAD_DIM=head_dim,
         BLOCK=block,
         PART=PART,
-        PARTS=triton.next_power_of_2(parts),
+        PARTS=max(LEAST_PARTS, triton.next_power_of_2(parts)),
         num_warps=1,
     )
     return o
@@ -186,7 +193,7 @@ def _aot() -> list[AotCase]:
                     "o_ptr": "*bf16",
                     **dict.fromkeys(("heads", "capacity", "parts"), "i32"),
                 },
-                constexprs={**sizes, "PARTS": 8},
+                constexprs={**sizes, "PARTS": LEAST_PARTS},
                 aligned=("part_ptr", "weight_ptr", "o_ptr"),
                 num_warps=1,
             )

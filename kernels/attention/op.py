@@ -130,12 +130,13 @@ def decode_attention(
 ) -> Tensor:
     """Attention ``[B, H, hd]`` of one query a row over its slab, scaled by 1 / sqrt(hd) (section 3). No gradient.
 
-    q ``[B, H, hd]``; k_cache, v_cache ``[B, H, S, hd]`` contiguous, of which row b has ``lengths[b]`` positions in use
-    (lengths ``[B]`` integer; 0 gives 0; what lies beyond may be anything). A float8_e4m3fn cache stands for its values
-    times ``kv_scale [2, B, H]`` fp32 (keys, values). Scores and sums in fp32.
+    q ``[B, H, hd]``; k_cache, v_cache ``[B, H, S, hd]`` contiguous, or the first S positions of such ones, of which row b
+    has ``lengths[b]``, at most S, in use (lengths ``[B]`` integer; 0 gives 0; what lies beyond may be anything). A
+    float8_e4m3fn cache stands for its values times ``kv_scale [2, B, H]`` fp32 (keys, values). Scores and sums in fp32.
 
-    backend as in ``prefix_attention``. "triton" cuts a slab into parts of 64 positions, whatever the batch, the capacity
-    or the lengths, and adds the parts in order; there, and with "sdpa" on a CPU, a row's bits do not depend on the others.
+    backend as in ``prefix_attention``. "triton" cuts a slab into parts of 64 positions, whatever the batch, S or the
+    lengths, and adds the parts in one order, whatever S up to 512; there, and with "sdpa" on a CPU, a row's bits do not
+    depend on the others.
     Raises ``UserError`` where shapes, dtypes or the slab's layout do not fit, or the backend does not run here.
     """
     if q.ndim != 3 or lengths.shape != q.shape[:1]:
@@ -143,7 +144,7 @@ def decode_attention(
     rows, heads, head_dim = q.shape
     check_floats(q=q)
     check_whole(lengths=lengths)
-    check_caches((rows, heads, head_dim), k_cache, v_cache, kv_scale)
+    check_caches((rows, heads, head_dim), k_cache, v_cache, kv_scale, first=True)
     if kv_scale is None and k_cache.dtype != q.dtype:
         raise UserError(f"expected caches of q's dtype or float8_e4m3fn, got {k_cache.dtype} with a q of {q.dtype}")
     check_device(q, k_cache, v_cache, lengths, kv_scale)

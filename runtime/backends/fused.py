@@ -16,6 +16,7 @@ from kinetok.model.decoder import MotionDecoder
 from kinetok.runtime.backends.torch import TorchBackend
 from kinetok.runtime.memory import within_memory
 
+LEAST_REACH = 64  # positions: a part of the attention kernel
 _PACKED: WeakKeyDictionary[MotionDecoder, FusedDecoderStep] = WeakKeyDictionary()
 
 
@@ -65,9 +66,10 @@ class FusedBackend(TorchBackend):
 
     Newest token, next position, draw and state of every slot are tensors on the device, which a step reads and moves on:
     decode, guidance, draw, position and end are one captured graph, and nothing in it waits for the host. A step
-    runs the first 1, 2, 4, ... slots, so that a few graphs serve every crowd. A slot among them that does not take part
-    feeds its newest token again and draws nothing, which leaves it as it was. On a CPU the same step runs by its
-    definition: right, slow, and tested. **Never run on a GPU yet.**
+    runs the first 1, 2, 4, ... slots and looks at the first 64, 128, 256, ... positions, so that a few graphs serve every
+    crowd. A slot among them that does not take part feeds the token that it has to feed next, and draws nothing: its
+    own next step writes the same position again. On a CPU the same step runs by its definition: right, slow, and tested.
+    **Never run on a GPU yet.**
     """
 
     def __init__(self, decoder: MotionDecoder, slots: int, capacity: int) -> None:
@@ -82,7 +84,7 @@ class FusedBackend(TorchBackend):
         self._slots_of: dict[int, list[int]] = {}
         self._draws: dict[int, Draw] = {}
         self._taking_part: list[int] | None = None  # of the last step; None: to be told again
-        self._graphs: dict[tuple[int, str], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[str, int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     @torch.inference_mode()
@@ -101,11 +103,11 @@ class FusedBackend(TorchBackend):
         self._check_room(slots)
         if not slots:
             return self._tokens.new_zeros((0, self._step.config.head_rows), dtype=torch.float32)
-        rows = self._bucket(max(slots))
+        rows, reach = self._buckets(slots)
         where = self._sent(list(slots))
         self._at[where] = self._sent([self.lengths[slot] for slot in slots])
         self._tokens[where] = tokens
-        logits = self._run((rows, "logits"), lambda: self._step.logits(*self._rows(rows)))[where]
+        logits = self._run(("logits", rows, reach), lambda: self._step.logits(*self._rows(rows), reach))[where]
         for slot in slots:
             self.lengths[slot] += 1
         return logits
@@ -130,25 +132,26 @@ class FusedBackend(TorchBackend):
     def decode_and_draw(self, characters: Sequence[int]) -> Drawn:
         slots = [slot for first in characters for slot in self._slots_of[first]]
         self._check_room(slots)
-        rows = self._bucket(max(slots))
+        rows, reach = self._buckets(slots)
         if self._taking_part != list(characters):
             self._choose(characters)
         guided = any(len(self._slots_of[first]) == 2 for first in characters)
         greedy = not guided and all(self._draws[first].temperature == 0 for first in characters)
         kind = "guided" if guided else "greedy" if greedy else "plain"
-        tokens = self._run((rows, kind), lambda: self._drawn(rows, kind))
+        tokens = self._run((kind, rows, reach), lambda: self._drawn(kind, rows, reach))
         for slot in slots:
             self.lengths[slot] += 1
         return Drawn(0, tokens, self._state.status[:rows])
 
-    def _drawn(self, rows: int, kind: str) -> Tensor:
+    def _drawn(self, kind: str, rows: int, reach: int) -> Tensor:
         """One step of the first ``rows`` slots, all of it on the device; the tokens ``[rows]`` that were drawn."""
         tokens, at, slab = self._rows(rows)
         state = self._state.rows(slice(rows))
         if kind == "greedy":
-            drawn = self._step.greedy(tokens, at, slab, state)
+            drawn = self._step.greedy(tokens, at, slab, state, reach)
         else:
-            drawn = self._step.sample(tokens, at, slab, state, self._empty[:rows] if kind == "guided" else None)
+            empty_at = self._empty[:rows] if kind == "guided" else None
+            drawn = self._step.sample(tokens, at, slab, state, reach, empty_at=empty_at)
         taken = drawn[self._leader[:rows]]
         moved = taken != self._step.config.end_id
         torch.where(moved, taken, tokens, out=tokens)
@@ -193,15 +196,18 @@ class FusedBackend(TorchBackend):
         if any(self.lengths[slot] >= self.capacity for slot in slots):
             raise UserError(f"a slot holds {self.capacity} positions and is full")
 
-    def _bucket(self, slot: int) -> int:
-        return min(self.slots, 1 << slot.bit_length())
+    def _buckets(self, slots: Sequence[int]) -> tuple[int, int]:
+        """How many slots a step runs, and how many positions it looks at, so that there are few kinds of steps."""
+        longest = max(self.lengths[slot] for slot in slots)
+        rows, reach = 1 << max(slots).bit_length(), max(LEAST_REACH, 1 << longest.bit_length())
+        return min(self.slots, rows), min(self.capacity, reach)
 
     def _sent(self, numbers: list[int] | list[list[int]]) -> Tensor:
         """int64 on the device; the host does not wait."""
         x = torch.tensor(numbers)
         return x if self._pool is None else x.pin_memory().to(self.device, non_blocking=True)
 
-    def _run(self, key: tuple[int, str], call: Callable[[], Tensor]) -> Tensor:
+    def _run(self, key: tuple[str, int, int], call: Callable[[], Tensor]) -> Tensor:
         """The result of ``call``, on a GPU from its graph: it is overwritten by the next run."""
         if self._pool is None:
             return call()

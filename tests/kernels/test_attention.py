@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.kernels.attention import attention, decode_attention, prefix_attention, prefix_mask, reference
+from kinetok.kernels.attention import (
+    attention,
+    backends,
+    decode_attention,
+    prefix_attention,
+    prefix_mask,
+    reference,
+)
 from kinetok.kernels.ops import DECOMPOSITIONS
 
 OPS = torch.ops.kinetok
@@ -146,6 +153,23 @@ def test_decode_kernel_against_float64_and_alone(launcher, device, head_dim: int
         assert torch.equal(decode(*(x[row : row + 1].contiguous() for x in on), None), mixed[row : row + 1])
 
 
+@pytest.mark.parametrize("route", ["definition", "sdpa", "kernel"])
+@pytest.mark.parametrize("kind", [torch.float32, FLOAT8])
+def test_the_first_positions_of_a_slab_give_the_bits_of_all(launcher, device, route: str, kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    routes = {"definition": reference.decode_attention, "sdpa": backends.sdpa_decode}
+    decode = launcher("attention").decode_attention if route == "kernel" else routes[route]
+    lengths = torch.tensor([5, 64, 1]).to(device)
+    q = torch.randn(3, 2, 16).to(device)
+    k, v = (torch.randn(3, 2, 150, 16).to(kind).to(device) for _ in range(2))
+    kv_scale = (torch.rand(2, 3, 2) + 0.5).to(device) if kind == FLOAT8 else None
+    whole = decode(q, k, v, lengths, kv_scale)
+    for reach in (64, 100):
+        assert torch.equal(decode(q, k[:, :, :reach], v[:, :, :reach], lengths, kv_scale), whole)
+    small = [x[:, :, :64].contiguous() for x in (k, v)]
+    assert torch.equal(decode(q, *small, lengths, kv_scale), whole)
+
+
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, FLOAT8])
 def test_decode_kernel_on_small_types_and_strides(launcher, device, kind: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -237,3 +261,17 @@ def test_backends_agree_or_say_why_not() -> None:
         prefix_attention(q, k, v, text, lengths, backend="flash-9")
     with pytest.raises(UserError, match="lengths"):
         prefix_attention(q, k, v, text[:2], lengths)
+
+
+def test_slabs_that_a_kernel_would_read_wrongly_are_refused() -> None:
+    q, slab, lengths = torch.randn(2, 2, 8), torch.randn(2, 2, 12, 8), torch.tensor([3, 6])
+    decode_attention(q, slab[:, :, :6], slab[:, :, :6], lengths)
+    for k, v in (
+        (slab[:, :, 6:], slab[:, :, :4]),  # of two sizes
+        (slab[:, :, ::2], slab[:, :, ::2]),
+        (slab[:, :, :6], slab[:, :, :6].contiguous()),  # of two slabs
+        (slab.transpose(1, 2).contiguous().transpose(1, 2), slab),
+        (slab[:, :, :6].half(), slab[:, :, :6]),
+    ):
+        with pytest.raises(UserError, match="contiguous caches"):
+            decode_attention(q, k, v, lengths)

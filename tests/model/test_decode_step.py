@@ -46,6 +46,16 @@ def test_logits_are_those_of_the_decoder(decoder: MotionDecoder) -> None:
 
 
 @torch.inference_mode()
+def test_a_row_within_reach_keeps_its_bits(decoder: MotionDecoder) -> None:
+    step, cache = FusedDecoderStep(decoder, "fp32"), decoder.new_cache(3, 60)
+    tokens = decoder.prefill(prompts(), cache).argmax(1)
+    positions = torch.tensor([3, 40, 1])
+    logits = [step.logits(tokens, positions, cache.slab.clone(), reach) for reach in (None, 41, 16)]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0][[0, 2]], logits[2][[0, 2]]) and not torch.equal(logits[0][1], logits[2][1])
+
+
+@torch.inference_mode()
 def test_quantised_logits_are_near(decoder: MotionDecoder) -> None:
     cache = decoder.new_cache(3, 30)
     tokens = decoder.prefill(prompts(), cache).argmax(1)
