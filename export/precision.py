@@ -17,7 +17,8 @@ TENSORRT_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")  # ONNX Runtime h
 BLOCK = 32
 INT8_BLOCK = 64  # for ONNX Runtime: its product is a quarter faster than with 32, and errs hardly more
 _FLOATS: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": BFLOAT16}
-INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations in int8 by blocks, which is where its speed comes from
+# MatMulNBits' accuracy_level: activations in int8 by blocks, which is where its speed comes from, or as they are.
+INT8_ACTIVATIONS, FP32_ACTIVATIONS = 4, 1
 
 Tensors = Callable[[str], Tensor]
 """A model's weights by name, one at a time, so that a model need not be in memory."""
@@ -49,6 +50,10 @@ class Precision:
     def bits(self) -> int:
         """Of the weights of products; 0: not quantised."""
         return {"int8": 8, "int4": 4}.get(self.name, 0)
+
+    def block(self, bits: int) -> int:
+        """How many weights of a row share a scale."""
+        return INT8_BLOCK if bits == 8 and self.target == "ort" else BLOCK
 
 
 def to_numpy(value: Tensor, dtype: np.dtype, name: str) -> np.ndarray:
@@ -97,7 +102,7 @@ def linear(
         return g.node("MatMul", x, g.weight(name, transposed))
     rows, columns = shape
     tensorrt = precision.target == "tensorrt"
-    block = INT8_BLOCK if bits == 8 and not tensorrt else BLOCK
+    block = precision.block(bits)
     made: dict[str, np.ndarray] = {}  # both halves come from one quantisation; each is dropped as it is written
 
     def part(which: str) -> np.ndarray:

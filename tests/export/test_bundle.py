@@ -48,7 +48,8 @@ def test_what_is_written_replays(model_of, tmp_path, dtype, kv, opset) -> None:
     report = replay(out)
     assert report.passed, str(report)
     names = {check.name.split(".")[1] for check in report.checks}
-    assert names == {"first_logits", "greedy", "sampled", "frames", "streamed"}
+    expected = {"first_logits", "last_logits", "greedy", "sampled", "frames", "streamed"}
+    assert names == (expected | {"weights"} if "int" in dtype else expected)
     manifest = json.loads((out / MANIFEST).read_text())
     nodes = [n for path in out.glob("*.onnx") for n in onnx.load(str(path), load_external_data=False).graph.node]
     domains = {node.domain for node in nodes}
@@ -98,20 +99,52 @@ def test_an_edited_file_is_noticed(copied, name) -> None:
         read_bundle(copied)
 
 
-def test_weights_that_changed_with_their_hash_are_found_by_the_replay(copied) -> None:
-    """A wrong file with a right hash: only running it can tell, and the report names what went wrong first."""
-    path = copied / "weights.bin"
+@pytest.mark.parametrize(
+    ("dtype", "weight", "noticed"),
+    [
+        ("fp32", "blocks.0.attn_out.weight", "0.first_logits"),
+        ("fp16", "blocks.0.attn_out.weight", "0.first_logits"),
+        # 8-bit activations would hide it.
+        ("int8", "blocks.0.attn_out.weight.scale", "0.weights"),
+        ("int4", "blocks.1.down.weight.scale", "0.weights"),
+    ],
+)
+def test_weights_that_changed_with_their_hash_are_found_by_the_replay(
+    model_of, tmp_path, dtype, weight, noticed
+) -> None:
+    """One matrix of a twentieth more, under a right hash: only running it can tell, and the report names what went wrong."""
+    out = export_bundle(model_of(), tmp_path / "out", dtype=dtype)
+    tensors = onnx.load(str(out / "decode.onnx"), load_external_data=False).graph.initializer
+    tensor = next(tensor for tensor in tensors if tensor.name == weight)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    path, start, size = out / "weights.bin", int(place["offset"]), int(place["length"])
     data = np.fromfile(path, np.uint8)
-    floats = data.view(np.float32)
-    floats[np.abs(floats) > 0.2] *= 1.05
+    values = data[start : start + size].view(kind)
+    values[:] = (values * 1.05).astype(kind)
     path.write_bytes(data.tobytes())
-    files = json.loads((copied / MANIFEST).read_text())["files"]
-    files["weights.bin"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    edit(copied, files=files)
-    report = replay(copied)
+    files = json.loads((out / MANIFEST).read_text())["files"]
+    files["weights.bin"]["sha256"] = hashlib.sha256(data.tobytes()).hexdigest()
+    edit(out, files=files)
+    report = replay(out)
     assert not report.passed
     first = next(check for check in report.checks if not check.passed)
-    assert first.name == "0.first_logits" and "first beyond it at" in first.text
+    assert first.name == noticed and "first beyond it at" in first.text
+
+
+def test_graphs_that_are_far_off_are_not_excused_by_a_measured_tolerance(model_of, tmp_path, monkeypatch) -> None:
+    import kinetok.export.bundle as module
+
+    real = module.golden_cases
+
+    def wrong(*arguments):
+        cases = real(*arguments)
+        cases[0]["last_logits"] = cases[0]["last_logits"] * 1.1
+        return cases
+
+    monkeypatch.setattr(module, "golden_cases", wrong)
+    with pytest.raises(UserError, match=r"disagree with the model, nothing was written: 0\.last_logits"):
+        export_bundle(model_of(), tmp_path / "out", dtype="int8")
 
 
 @pytest.mark.parametrize(
