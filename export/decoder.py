@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from kinetok.export.graph import Graph, WeightFile
+from kinetok.export.graph import Graph, Weights
 from kinetok.export.ops import attention, rms_norm, rotate, silu
 from kinetok.export.precision import Precision, Tensors, linear, to_numpy
 from kinetok.kernels.rotary import rotary_table
@@ -27,7 +27,7 @@ class DecoderExport:
     opset: int = 23
     capacity: int | None = None
 
-    def prefill(self, weights: WeightFile) -> Graph:
+    def prefill(self, weights: Weights) -> Graph:
         """Text ``[B, L, D]`` into the first positions of an empty cache; logits after each row's last."""
         config = self.config
         g = Graph("prefill", weights, self.opset)
@@ -48,7 +48,7 @@ class DecoderExport:
         self._logits(g, g.node("GatherND", x, index))
         return g
 
-    def decode(self, weights: WeightFile) -> Graph:
+    def decode(self, weights: Weights) -> Graph:
         """One token ``[B, 1]`` a row at positions ``[B, 1]``; logits of the next."""
         g = Graph("decode", weights, self.opset)
         tokens = g.input("input_ids", np.int64, ["batch", 1])

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -43,6 +43,14 @@ class _Place:
     size: int
 
 
+class Weights(Protocol):
+    """Where a graph's weights are kept: in a file (``WeightFile``) or in memory (``live.HeldWeights``)."""
+
+    def put(self, name: str, make: Make, element: int | None = None, shape: Sequence[int] | None = None) -> Any:
+        """The TensorProto that refers to a weight; ``make`` gives its values and is called once a name."""
+        ...
+
+
 class WeightFile:
     """Weights shared by the graphs of a folder: each written once, when first asked for, and then forgotten.
 
@@ -75,7 +83,7 @@ class Graph:
     """One graph under construction. ``node`` returns the names of its outputs, which later nodes take as inputs."""
 
     name: str
-    weights: WeightFile
+    weights: Weights
     opset: int = 23
     _nodes: list[Any] = field(default_factory=list)
     _initializers: dict[str, Any] = field(default_factory=dict)

@@ -155,7 +155,7 @@ def judge(bundle: Bundle, outputs: Sequence[Outputs], tolerance: Mapping[str, fl
 
 def _scale(wanted: np.ndarray | Tensor) -> float:
     """What errors are parts of."""
-    return max(1.0, float(abs(wanted).max()))
+    return max(1.0, float(np.abs(np.asarray(wanted)).max()))
 
 
 def _close(got: np.ndarray, wanted: np.ndarray, tolerance: float) -> tuple[bool, str]:
@@ -213,8 +213,8 @@ def _sampled(output: Outputs, end: int, banned: Sequence[int], tolerance: float)
     for at, (token, logits) in enumerate(zip(tokens, output.sampled, strict=False)):
         drawn, scaled, noise = draw_token(logits, at, about, end, banned)
         if drawn != token:
-            cuts = {"top_k": int(about["top_k"]), "top_p": float(about["top_p"])}
-            fine = drawable(token, scaled, noise, tolerance * _scale(logits) * stretch, **cuts)
+            slack, top_k, top_p = tolerance * _scale(logits) * stretch, int(about["top_k"]), float(about["top_p"])
+            fine = drawable(token, scaled, noise, slack, top_k=top_k, top_p=top_p)
             near += fine
             wrong += [] if fine else [at]
     return _verdict(wrong, near, len(tokens))
