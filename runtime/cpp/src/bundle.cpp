@@ -117,8 +117,6 @@ void Bundle::read_decoder(const Json& root) {
   const std::string& kv = root.at("kv_dtype").string("kv_dtype");
   if (kv != "float32" && kv != "float16") throw Error(KT_ERROR_BUNDLE, "the manifest's kv_dtype: expected float32 or float16, got %.40s", kv.c_str());
   half_cache = kv == "float16";
-  const std::string& precision = root.at("precision").string("precision");
-  batched = precision == "fp32" || precision == "fp16";
 }
 
 void Bundle::read_tokenizer(const Json& root) {
@@ -279,14 +277,23 @@ std::string Bundle::graph(const char* name, bool hash) const {
   return file(found->second, hash);
 }
 
-std::vector<float> Bundle::bank_features(bool hash) const {
-  if (bank_file.empty()) return {};
-  const std::string bytes = read_file(file(bank_file, hash), uint64_t{1} << 34);
-  std::vector<float> out(size_t{bank_rows} * text_dim);
-  const size_t size = out.size() * sizeof(float);
-  if (bank_offset + size > bytes.size()) throw Error(KT_ERROR_BUNDLE, "%.60s is shorter than its manifest says", bank_file.c_str());
-  if (size) std::memcpy(out.data(), bytes.data() + bank_offset, size);
-  if (!std::all_of(out.begin(), out.end(), [](float x) { return std::isfinite(x); }))
+float* Bundle::bank_features(bool hash, Memory& memory) const {
+  if (bank_file.empty()) return nullptr;
+  const std::string path = file(bank_file, hash);  // it is as large as the manifest says: so is what is taken for it
+  auto* const out = memory.take<float>(bank_rows, text_dim);
+  const Handle handle = open(path);
+  // In pieces, as no function of the standard goes to a place beyond a long.
+  std::vector<char> skipped(std::min<uint64_t>(bank_offset, 1 << 16));
+  bool whole = handle != nullptr;
+  for (uint64_t left = bank_offset; whole && left;) {
+    const size_t piece = static_cast<size_t>(std::min<uint64_t>(left, skipped.size()));
+    whole = std::fread(skipped.data(), 1, piece, handle.get()) == piece;
+    left -= piece;
+  }
+  const size_t numbers = size_t{bank_rows} * text_dim;
+  if (!whole || std::fread(out, sizeof(float), numbers, handle.get()) != numbers)
+    throw Error(KT_ERROR_BUNDLE, "%.250s: cannot be read to its end; copy or export the bundle again", path.c_str());
+  if (!std::all_of(out, out + numbers, [](float x) { return std::isfinite(x); }))
     throw Error(KT_ERROR_BUNDLE, "%.60s holds numbers that are not finite; export the bundle again", bank_file.c_str());
   return out;
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "json.hpp"
+#include "memory.hpp"
 
 namespace kinetok {
 
@@ -39,14 +40,14 @@ class Bundle {
   std::string file(const std::string& name, bool hash) const;
   std::string graph(const char* name, bool hash) const;
   bool has_graph(const char* name) const { return graphs.count(name) != 0; }
-  // The bank's features, float32 [rows, text_dim].
-  std::vector<float> bank_features(bool hash) const;
+  // The bank's features [bank_rows, text_dim]; nullptr where there is no bank.
+  float* bank_features(bool hash, Memory& memory) const;
 
   std::string directory;
   uint32_t layers, heads, head_dim, codebook, logits, positions, text_dim, max_text;
   int32_t end_id;
   std::vector<uint32_t> banned;
-  bool half_cache, batched;  // batched: neighbouring rows may share a call without changing each other's bits
+  bool half_cache;
   uint32_t frame_rate, frames_per_token, features, look_ahead_frames;
   double tokens_per_second;
   std::vector<std::string> joints;

@@ -51,6 +51,7 @@ struct Job {
   Plan plan;                  // prepare: the text, and tokens to write behind it
   int32_t* replay = nullptr;  // [positions]
   uint32_t replayed = 0;
+  uint32_t piece = 0;  // prepare: the next one to compute
   bool first = false;  // nothing of the clip was detokenized yet
   bool feed = false;   // advance: the newest token is to be decoded before the next is drawn
   bool ban_end = false;

@@ -55,44 +55,74 @@ const ort::Value& Graphs::keep(const ort::Runtime& runtime, const ort::Tensor& t
 
 void Graphs::bind_decoder(const ort::Runtime& runtime) {
   const uint32_t all = characters * rows;
-  const auto kind = bundle_.half_cache ? ort::abi::FLOAT16 : ort::abi::FLOAT;
   for (uint32_t layer = 0; layer < bundle_.layers; ++layer)
     for (const char* part : {"key", "value"}) {
       cache_names_.push_back("past_key_values." + std::to_string(layer) + "." + part);
       cache_outputs_.push_back("present." + std::to_string(layer) + "." + part);
     }
-  const auto bind_cache = [&](ort::Call& call, uint32_t row, uint32_t count) {
-    for (uint32_t i = 0; i < 2 * bundle_.layers; ++i) {
-      const ort::Value& value = keep(runtime, {cache(i / 2, i % 2, row), row_bytes() * count, {count, bundle_.heads, capacity, bundle_.head_dim}, 4, kind});
-      // The same memory goes in and comes out: the graphs write the new positions alone.
-      call.input(cache_names_[i].c_str(), value);
-      call.output(cache_outputs_[i].c_str(), value);
-    }
-  };
-  const auto bind_logits = [&](ort::Call& call, uint32_t row, uint32_t count) {
-    call.output("logits", keep(runtime, {logits_of(row), sizeof(float) * count * bundle_.logits, {count, bundle_.logits}, 2, ort::abi::FLOAT}));
-  };
   const ort::Value& length = keep(runtime, {length_, sizeof(int64_t), {1}, 1, ort::abi::INT64});
   for (uint32_t row = 0; row < all; ++row) {
     prefills_.push_back(std::make_unique<ort::Call>(*prefill_));
     prefills_.back()->reserve_input("text_features");
     prefills_.back()->input("text_lengths", length);
-    bind_cache(*prefills_.back(), row, 1);
-    bind_logits(*prefills_.back(), row, 1);
+    bind_cache(runtime, *prefills_.back(), row, 1);
+    bind_logits(runtime, *prefills_.back(), row, 1);
   }
+  batched_ = rows_agree(runtime);
   // Where rows may not share a call, `first` counts rows and `count` is always 1.
-  const uint32_t firsts = bundle_.batched ? characters : all, each = bundle_.batched ? rows : 1;
+  const uint32_t firsts = batched_ ? characters : all, each = batched_ ? rows : 1;
   decodes_.resize(size_t{firsts} * TOGETHER);
   for (uint32_t first = 0; first < firsts; ++first)
-    for (uint32_t count = 1; count <= (bundle_.batched ? std::min(TOGETHER, firsts - first) : 1); ++count) {
-      auto call = std::make_unique<ort::Call>(*decode_);
-      const uint32_t row = first * each, n = count * each;
-      call->input("input_ids", keep(runtime, {token + row, sizeof(int64_t) * n, {n, 1}, 2, ort::abi::INT64}));
-      call->input("position_ids", keep(runtime, {position + row, sizeof(int64_t) * n, {n, 1}, 2, ort::abi::INT64}));
-      bind_cache(*call, row, n);
-      bind_logits(*call, row, n);
-      decodes_[size_t{first} * TOGETHER + count - 1] = std::move(call);
+    for (uint32_t count = 1; count <= (batched_ ? std::min(TOGETHER, firsts - first) : 1); ++count)
+      decodes_[size_t{first} * TOGETHER + count - 1] = decode_call(runtime, first * each, count * each);
+}
+
+void Graphs::bind_cache(const ort::Runtime& runtime, ort::Call& call, uint32_t row, uint32_t count) {
+  const auto kind = bundle_.half_cache ? ort::abi::FLOAT16 : ort::abi::FLOAT;
+  for (uint32_t i = 0; i < 2 * bundle_.layers; ++i) {
+    const ort::Value& value = keep(runtime, {cache(i / 2, i % 2, row), row_bytes() * count, {count, bundle_.heads, capacity, bundle_.head_dim}, 4, kind});
+    // The same memory goes in and comes out: the graphs write the new positions alone.
+    call.input(cache_names_[i].c_str(), value);
+    call.output(cache_outputs_[i].c_str(), value);
+  }
+}
+
+void Graphs::bind_logits(const ort::Runtime& runtime, ort::Call& call, uint32_t row, uint32_t count) {
+  call.output("logits", keep(runtime, {logits_of(row), sizeof(float) * count * bundle_.logits, {count, bundle_.logits}, 2, ort::abi::FLOAT}));
+}
+
+std::unique_ptr<ort::Call> Graphs::decode_call(const ort::Runtime& runtime, uint32_t row, uint32_t count) {
+  auto call = std::make_unique<ort::Call>(*decode_);
+  call->input("input_ids", keep(runtime, {token + row, sizeof(int64_t) * count, {count, 1}, 2, ort::abi::INT64}));
+  call->input("position_ids", keep(runtime, {position + row, sizeof(int64_t) * count, {count, 1}, 2, ort::abi::INT64}));
+  bind_cache(runtime, *call, row, count);
+  bind_logits(runtime, *call, row, count);
+  return call;
+}
+
+// Whether a row's bits stay the same whoever shares its call, which the kernels on this machine decide: rows alone are
+// compared with rows together, as the Python backend does it.
+bool Graphs::rows_agree(const ort::Runtime& runtime) {
+  const uint32_t most = std::min(TOGETHER, characters) * rows;
+  const size_t kept = values_.size(), numbers = size_t{most} * bundle_.logits;
+  std::vector<float> alone(numbers);
+  bool agree = true;
+  for (uint32_t together = 0; agree && together <= most / rows; ++together) {
+    const uint32_t group = together ? together * rows : 1;
+    std::vector<std::unique_ptr<ort::Call>> calls;
+    for (uint32_t row = 0; row < most; row += group) calls.push_back(decode_call(runtime, row, std::min(group, most - row)));
+    for (uint32_t step = 0; step < 2; ++step) {  // the second token sees the first one's keys
+      for (uint32_t row = 0; row < most; ++row) {
+        token[row] = (row + step) % bundle_.codebook;
+        position[row] = step;
+      }
+      for (const auto& call : calls) call->run("decode");
     }
+    if (!together) std::copy_n(logits_, numbers, alone.begin());
+    agree = std::equal(alone.begin(), alone.end(), logits_);
+  }
+  values_.resize(kept);
+  return agree;
 }
 
 void Graphs::bind_detokenizer(const ort::Runtime& runtime) {
@@ -127,7 +157,7 @@ void Graphs::prefill(uint32_t row, float* features, uint32_t length) {
 }
 
 void Graphs::decode(uint32_t character, uint32_t count) {
-  if (bundle_.batched) {
+  if (batched_) {
     decodes_[size_t{character} * TOGETHER + count - 1]->run("decode");
     return;
   }

@@ -45,12 +45,17 @@ class Graphs {
   void bind_decoder(const ort::Runtime& runtime);
   void bind_detokenizer(const ort::Runtime& runtime);
   const ort::Value& keep(const ort::Runtime& runtime, const ort::Tensor& tensor);
+  std::unique_ptr<ort::Call> decode_call(const ort::Runtime& runtime, uint32_t row, uint32_t count);
+  void bind_cache(const ort::Runtime& runtime, ort::Call& call, uint32_t row, uint32_t count);
+  void bind_logits(const ort::Runtime& runtime, ort::Call& call, uint32_t row, uint32_t count);
+  bool rows_agree(const ort::Runtime& runtime);
 
   const Bundle& bundle_;
   std::unique_ptr<ort::Session> prefill_, decode_, stream_, text_;
   std::vector<std::string> cache_names_, cache_outputs_;
   std::vector<std::unique_ptr<ort::Value>> values_;
   std::vector<std::unique_ptr<ort::Call>> prefills_;  // a row each
+  bool batched_;                                      // neighbouring rows share a call
   std::vector<std::unique_ptr<ort::Call>> decodes_;   // [first][count - 1]; first counts characters, or rows if not batched
   std::vector<std::unique_ptr<ort::Call>> streams_;   // [first][count - 1]
   std::unique_ptr<ort::Call> encoding_;

@@ -46,18 +46,19 @@ Model::Model(const char* folder, const kt_model_options& options)
       memory_(options_),
       runtime_(options.onnxruntime ? options.onnxruntime : ""),
       provider_(runtime_, options.provider ? options.provider : "cpu"),
-      sampler_(bundle_.logits) {
+      sampler_(bundle_.logits, &memory_),
+      tokens_(options_.characters),
+      preparations_(options_.characters) {
   const bool hash = !(options_.flags & KT_OPEN_NO_HASHES);
   graphs_ = std::make_unique<Graphs>(bundle_, runtime_, provider_, options_, rows_, memory_);
-  if (graphs_->encodes()) words_ = std::make_unique<WordPiece>(bundle_.text, read_file(bundle_.file(bundle_.text.vocab, hash), 64u << 20));
-  bank_ = bundle_.bank_features(hash);
+  if (graphs_->encodes()) words_ = std::make_unique<WordPiece>(bundle_.text, read_file(bundle_.file(bundle_.text.vocab, hash), 64u << 20), &memory_);
+  bank_ = bundle_.bank_features(hash, memory_);
   find_empty();
   for (uint32_t i = 0; i < options_.characters; ++i) {
     characters_.emplace_back(bundle_, options_.positions, options_.ahead_frames, memory_);
     characters_.back().text_width = bundle_.text_dim;
   }
-  ids_.resize(bundle_.max_features);
-  queue_.resize(options_.characters);
+  ids_ = memory_.take<int64_t>(bundle_.max_features);
   measure();
   worker_ = std::thread([this] { work(); });
 }
@@ -76,16 +77,15 @@ void Model::find_empty() {
   if (rows_ == 1) return;
   for (const BankPrompt& prompt : bundle_.bank) {
     if (!prompt.text.empty()) continue;
-    const float* first = bank_.data() + size_t{prompt.row} * bundle_.text_dim;
-    empty_.assign(first, first + size_t{prompt.rows} * bundle_.text_dim);
+    empty_ = bank_ + size_t{prompt.row} * bundle_.text_dim;
     empty_rows_ = prompt.rows;
     return;
   }
   std::vector<int64_t> ids(bundle_.text.max_ids);
   const uint32_t count = words_->encode("", ids.data(), bundle_.text.max_ids);
   empty_rows_ = count + bundle_.max_features - bundle_.text.max_ids;
-  empty_.resize(size_t{empty_rows_} * bundle_.text_dim);
-  graphs_->encode(ids.data(), count, empty_.data(), empty_rows_);
+  empty_ = memory_.take<float>(empty_rows_, bundle_.text_dim);
+  graphs_->encode(ids.data(), count, empty_, empty_rows_);
 }
 
 // What a token costs, by groups of every size; ONNX Runtime also takes its own memory in its first calls.
@@ -175,7 +175,7 @@ void Model::prompt(uint32_t index, const kt_prompt_source& source) {
   const float* features = nullptr;
   if (source.text) {
     if (!words_) throw Error(KT_ERROR_STATE, "this model has no text encoder, or was opened without: give a banked prompt or features");
-    plan.ids = words_->encode(source.text, ids_.data(), bundle_.text.max_ids);
+    plan.ids = words_->encode(source.text, ids_, bundle_.text.max_ids);
     plan.rows = plan.ids + bundle_.max_features - bundle_.text.max_ids;
   } else if (source.features) {
     features = source.features;
@@ -186,12 +186,12 @@ void Model::prompt(uint32_t index, const kt_prompt_source& source) {
   } else {
     if (source.banked > bundle_.bank.size()) throw Error(KT_ERROR_ARGUMENT, "banked: expected the id of one of %zu prompts, plus 1, got %u", bundle_.bank.size(), source.banked);
     const BankPrompt& prompt = bundle_.bank[source.banked - 1];
-    features = bank_.data() + size_t{prompt.row} * bundle_.text_dim;
+    features = bank_ + size_t{prompt.row} * bundle_.text_dim;
     plan.rows = prompt.rows;
   }
   set_budget(plan, bundle_, c.seconds, options_.positions, std::max(plan.rows, empty_rows_));
   // From here on nothing fails: a call that does leaves the prompt before it as it was.
-  std::copy_n(ids_.data(), plan.ids, c.ids[plan.buffer]);
+  std::copy_n(ids_, plan.ids, c.ids[plan.buffer]);
   if (features) std::copy_n(features, size_t{plan.rows} * bundle_.text_dim, c.text[plan.buffer]);
   if (c.with_worker) {
     c.pending = true;
@@ -219,6 +219,7 @@ void Model::prepare_later(uint32_t index, const Plan& plan, uint32_t tokens) {
   job.plan = plan;
   job.first = c.written == 0;
   job.replayed = tokens;
+  job.piece = 0;
   for (uint32_t i = 0; i < tokens; ++i) job.replay[i] = c.token(c.written - tokens + i);
   c.fresh = false;
   c.state = KT_PREPARING;
@@ -236,7 +237,7 @@ void Model::queue(uint32_t first, uint32_t count) {
   }
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    queue_[(queue_first_ + queued_++) % queue_.size()] = {first, count};
+    (characters_[first].job.task == Task::advance ? tokens_ : preparations_).push({first, count});
   }
   wanted_.notify_one();
 }

@@ -66,7 +66,8 @@ class Model {
   template <typename Fits, typename Call>
   void runs(uint32_t first, uint32_t count, Fits fits, Call call);
   void work();
-  void prepare(uint32_t index);
+  bool prepare(uint32_t index);
+  void finish(uint32_t first, uint32_t count);
   void wait_for_worker();
 
   const Bundle bundle_;
@@ -77,9 +78,9 @@ class Model {
   ort::Provider provider_;
   std::unique_ptr<Graphs> graphs_;
   std::unique_ptr<WordPiece> words_;
-  std::vector<float> bank_, empty_;  // features; empty_ [empty_rows_, text_dim] of the empty text
+  float *bank_, *empty_ = nullptr;  // features; empty_ [empty_rows_, text_dim] of the empty text
   uint32_t empty_rows_ = 0;
-  std::vector<int64_t> ids_;  // of a sentence, until its prompt is sure to be taken
+  int64_t* ids_;  // of a sentence, until its prompt is sure to be taken
   sampling::Sampler sampler_;
   std::deque<Character> characters_;  // never moved
   uint32_t written_ = 0;              // tokens that take_token took since the last report
@@ -90,8 +91,19 @@ class Model {
   struct Order {
     uint32_t first, count;
   };
-  std::vector<Order> queue_;  // room for every character; a ring
-  size_t queue_first_ = 0, queued_ = 0;
+  class Queue {  // first in, first out; room for every character
+   public:
+    explicit Queue(size_t most) : ring_(most) {}
+    bool empty() const { return !count_; }
+    void push(Order order) { ring_[(first_ + count_++) % ring_.size()] = order; }
+    Order front() const { return ring_[first_]; }
+    void pop() { first_ = (first_ + 1) % ring_.size(), --count_; }
+
+   private:
+    std::vector<Order> ring_;
+    size_t first_ = 0, count_ = 0;
+  };
+  Queue tokens_, preparations_;
   bool closing_ = false;
   std::thread worker_;  // last: it uses all the others
 };

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory_resource>
 #include <vector>
 
 namespace kinetok::sampling {
@@ -25,7 +26,8 @@ inline constexpr int32_t NOT_FINITE = -1;
 
 class Sampler {
  public:
-  explicit Sampler(size_t classes) : scores_(classes), order_(classes), weights_(classes), picked_(classes) {}
+  explicit Sampler(size_t classes, std::pmr::memory_resource* memory = std::pmr::get_default_resource())
+      : scores_(classes, memory), order_(classes, memory), weights_(classes, memory), picked_(classes, memory) {}
   // scores[i] = empty + (logits - empty) * guidance; empty nullptr: the logits.
   void mix(const float* logits, const float* empty, double guidance);
   void ban(uint32_t token);
@@ -35,8 +37,8 @@ class Sampler {
  private:
   int32_t greedy() const;
   void cut(const Draw& how);  // -inf for what top-k and top-p leave out
-  std::vector<float> scores_, order_;
-  std::vector<uint32_t> weights_, picked_;
+  std::pmr::vector<float> scores_, order_;
+  std::pmr::vector<uint32_t> weights_, picked_;
 };
 
 }  // namespace kinetok::sampling

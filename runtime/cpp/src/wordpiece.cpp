@@ -37,7 +37,8 @@ uint32_t next_character(std::string_view text, size_t& at) {
 
 }  // namespace
 
-WordPiece::WordPiece(const TextSection& section, std::string vocabulary) : section_(section), vocabulary_(std::move(vocabulary)) {
+WordPiece::WordPiece(const TextSection& section, std::string_view vocabulary, std::pmr::memory_resource* memory)
+    : section_(section), pool_(memory), vocabulary_(vocabulary, &pool_), first_(&pool_), later_(&pool_), word_(&pool_), starts_(&pool_) {
   const std::string_view all(vocabulary_);
   int id = 0;
   for (size_t at = 0; at < all.size(); ++id) {

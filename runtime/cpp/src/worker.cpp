@@ -11,55 +11,72 @@ constexpr int32_t ENDED_AT_ONCE = 1;  // the one token of a clip whose end token
 
 }  // namespace
 
+// Tokens and preparations take turns: who moves does not wait for the whole of somebody else's text, and the other way round.
 void Model::work() {
   ort::inside = 0;
-  while (true) {
+  for (bool tokens_turn = true;; tokens_turn = !tokens_turn) {
     Order order{};
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      wanted_.wait(lock, [this] { return closing_ || queued_; });
+      wanted_.wait(lock, [this] { return closing_ || !tokens_.empty() || !preparations_.empty(); });
       if (closing_) return;
-      order = queue_[queue_first_];
-      queue_first_ = (queue_first_ + 1) % queue_.size();
-      --queued_;
+      tokens_turn = preparations_.empty() || (tokens_turn && !tokens_.empty());
+      order = (tokens_turn ? tokens_ : preparations_).front();
+      if (tokens_turn) tokens_.pop();
     }
-    Job& job = characters_[order.first].job;
-    if (job.task == Task::advance) {
+    if (tokens_turn) {
       compute(order.first, order.count);
-    } else {
-      try {
-        prepare(order.first);
-      } catch (const Error& error) {
-        job.fail(error.status, error.what());
-      } catch (const std::exception& error) {
-        job.fail(KT_ERROR_INTERNAL, error.what());
-      }
+      finish(order.first, order.count);
+      continue;
     }
+    bool last = true;
+    Job& job = characters_[order.first].job;
+    try {
+      last = prepare(order.first);
+    } catch (const Error& error) {
+      job.fail(error.status, error.what());
+    } catch (const std::exception& error) {
+      job.fail(KT_ERROR_INTERNAL, error.what());
+    }
+    if (!last) continue;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (uint32_t i = order.first; i < order.first + order.count; ++i) characters_[i].job.finished.store(true, std::memory_order_release);
+      preparations_.pop();
     }
-    done_.notify_all();
+    finish(order.first, 1);
   }
 }
 
-void Model::prepare(uint32_t index) {
-  Character& c = characters_[index];
-  const Plan& plan = c.job.plan;
-  float* features = c.text[plan.buffer];
-  if (plan.ids) graphs_->encode(c.ids[plan.buffer], plan.ids, features, plan.rows);
-  const uint32_t row = index * rows_;
-  for (uint32_t part = 0; part < rows_; ++part) {
-    if (c.job.abandoned) return;
-    graphs_->prefill(row + part, part ? empty_.data() : features, part ? empty_rows_ : plan.rows);
+void Model::finish(uint32_t first, uint32_t count) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (uint32_t i = first; i < first + count; ++i) characters_[i].job.finished.store(true, std::memory_order_release);
   }
-  for (uint32_t i = 0; i < c.job.replayed && !c.job.abandoned; ++i) {
+  done_.notify_all();
+}
+
+// One piece: the sentence, the text of a row, or a token behind it. True when it was the last.
+bool Model::prepare(uint32_t index) {
+  Character& c = characters_[index];
+  Job& job = c.job;
+  if (job.abandoned) return true;
+  const Plan& plan = job.plan;
+  float* features = c.text[plan.buffer];
+  const uint32_t row = index * rows_, sentences = plan.ids ? 1 : 0, texts = sentences + rows_;
+  const uint32_t piece = job.piece++;
+  if (piece < sentences) {
+    graphs_->encode(c.ids[plan.buffer], plan.ids, features, plan.rows);
+  } else if (piece < texts) {
+    const uint32_t part = piece - sentences;
+    graphs_->prefill(row + part, part ? empty_ : features, part ? empty_rows_ : plan.rows);
+  } else {
     for (uint32_t part = 0; part < rows_; ++part) {
-      graphs_->token[row + part] = c.job.replay[i];
-      graphs_->position[row + part] = (part ? empty_rows_ : plan.rows) + i;
+      graphs_->token[row + part] = job.replay[piece - texts];
+      graphs_->position[row + part] = (part ? empty_rows_ : plan.rows) + piece - texts;
     }
     graphs_->decode(index, 1);
   }
+  return job.piece == texts + job.replayed;
 }
 
 // Calls `call(first, count)` for every run of neighbours within the range that fit; a call that throws fails them.
