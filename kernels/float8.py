@@ -6,6 +6,7 @@ as 480.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LARGEST: tl.constexpr = tl.constexpr(448.0)
 
@@ -30,3 +31,8 @@ def float32_to_float8(x):
     code = tl.where(size < 0.015625, small, large)
     code = tl.where(x == x, code, 0x7F)
     return (((bits >> 24) & 0x80) | code).to(tl.uint8)
+
+
+def rows_adjacent(kv_scale: Tensor) -> Tensor:
+    """``kv_scale [2, B, H]`` with the scales of keys, and those of values, side by side; a copy only where they are not."""
+    return kv_scale if kv_scale.stride()[1:] == (kv_scale.shape[2], 1) else kv_scale.contiguous()

@@ -53,34 +53,55 @@ class FusedDecoderStep:
         weights = [w for layer in self.layers for w in (layer.qkv, layer.attn_out, layer.gate_up, layer.down)]
         return sum(weight.nbytes for weight in (*weights, self.head))
 
-    def hidden(self, tokens: Tensor, positions: Tensor, slab: Tensor, reach: int | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slab: Tensor,
+        reach: int | None = None,
+        kv_scale: Tensor | None = None,
+    ) -> Tensor:
         """The stream ``[B, d]`` before the last norm, in the embedding's dtype.
 
         tokens ``[B]`` take the positions ``[B]`` (int64; smaller than the capacity) in ``slab [2, layers, B, H, S, hd]``
         (``KVCache.slab``), to which their keys and values are written. reach: how many first positions of the slab attention
         looks at; rows that stand beyond it get no numbers worth having. Any reach gives a row within it the same bits.
+        kv_scale ``[layers, 2, B, H]`` fp32, of keys and values, with a slab of float8_e4m3fn and only there.
         """
         x = F.embedding(tokens, self.embed)
         table, lengths = self.table[positions][:, None], positions + 1
         heads = self.config.n_head
         for at, layer in enumerate(self.layers):
-            keys, values = slab[0, at], slab[1, at]
+            keys, values, scale = slab[0, at], slab[1, at], None if kv_scale is None else kv_scale[at]
             qkv = linear(x, layer.qkv, eps=EPS).view(len(x), 1, 3, heads, -1)
-            q = rotary_kv_write(qkv, table, positions, keys, values)
-            mixed = decode_attention(q[:, 0], keys[:, :, :reach], values[:, :, :reach], lengths)
+            q = rotary_kv_write(qkv, table, positions, keys, values, scale)
+            mixed = decode_attention(q[:, 0], keys[:, :, :reach], values[:, :, :reach], lengths, scale)
             x = linear(mixed.flatten(1), layer.attn_out, residual=x)
             x = linear(linear(x, layer.gate_up, eps=EPS, swiglu=True), layer.down, residual=x)
         return x
 
-    def logits(self, tokens: Tensor, positions: Tensor, slab: Tensor, reach: int | None = None) -> Tensor:
+    def logits(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slab: Tensor,
+        reach: int | None = None,
+        kv_scale: Tensor | None = None,
+    ) -> Tensor:
         """fp32 logits of the next tokens ``[B, head_rows]``; arguments of ``hidden``."""
-        return linear(self.hidden(tokens, positions, slab, reach), self.head, eps=EPS, wide=True)
+        return linear(self.hidden(tokens, positions, slab, reach, kv_scale), self.head, eps=EPS, wide=True)
 
     def greedy(
-        self, tokens: Tensor, positions: Tensor, slab: Tensor, state: SamplingState, reach: int | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slab: Tensor,
+        state: SamplingState,
+        reach: int | None = None,
+        kv_scale: Tensor | None = None,
     ) -> Tensor:
         """The arg-max tokens ``[B]``, logits not written; moves ``state`` on (``kinetok.kernels.sampling.greedy_step``)."""
-        x = self.hidden(tokens, positions, slab, reach)
+        x = self.hidden(tokens, positions, slab, reach, kv_scale)
         return greedy_step(x, self.head, state, end_id=self.config.end_id, pad_id=self._banned, eps=EPS)
 
     def sample(
@@ -90,6 +111,7 @@ class FusedDecoderStep:
         slab: Tensor,
         state: SamplingState,
         reach: int | None = None,
+        kv_scale: Tensor | None = None,
         *,
         empty_at: Tensor | None = None,
     ) -> Tensor:
@@ -97,7 +119,7 @@ class FusedDecoderStep:
 
         empty_at ``[B]`` int64: the row in which each row's empty text is, for guidance.
         """
-        logits = self.logits(tokens, positions, slab, reach)
+        logits = self.logits(tokens, positions, slab, reach, kv_scale)
         return self.draw(logits, state, None if empty_at is None else logits[empty_at])
 
     def draw(self, logits: Tensor, state: SamplingState, empty: Tensor | None = None) -> Tensor:

@@ -71,14 +71,16 @@ class Crowd:
     Raises ``UserError`` where the memory is not there.
     """
 
-    def __init__(self, model: ModelBundle, backend: str, characters: int, positions: int, queue: int) -> None:
+    def __init__(
+        self, model: ModelBundle, backend: str, characters: int, positions: int, queue: int, kv: str = "auto"
+    ) -> None:
         if characters < 1 or queue < 1:
             raise UserError(f"expected at least one character and a queue of at least one, got {characters}, {queue}")
         slots = 2 * characters
         self.model = model
         device = model.tokenizer.decoder.last.weight.device
         with memory_plan(f"a crowd of {characters} characters with {positions} positions each", device):
-            self.scheduler = Scheduler(open_backend(backend, model, slots, positions), model.decoder.config, queue)
+            self.scheduler = Scheduler(open_backend(backend, model, slots, positions, kv), model.decoder.config, queue)
             self.detokenizer = StreamingDetokenizer(model.tokenizer, slots)
         # Frames are made beside the decoder's next step, which is under way by then.
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None

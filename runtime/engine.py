@@ -33,7 +33,7 @@ def load(path_or_id: str | Path | None = None, device: str = "auto", dtype: str 
     """Load a model: a directory, a hub id ``owner/name``, or None for the default model in the package.
 
     device "auto" is CUDA where there is one; dtype "auto" is the stored one on CUDA and float32 on a CPU. limits:
-    ``Engine``'s characters, positions, queue and backend. Raises ``UserError`` for what is not an intact model, and,
+    ``Engine``'s characters, positions, queue, backend and kv. Raises ``UserError`` for what is not an intact model, and,
     saying what would fit, where the memory is not there.
     """
     need = weight_bytes(path_or_id, device, dtype)
@@ -48,7 +48,8 @@ class Engine:
     A character's tokens depend on its prompt, its parameters and its request number, and on nothing else: they are the
     same, to the bit, by whichever of the three ways and in whatever company (docs/numerics.md).
 
-    backend: "auto" (``choose_backend``), "torch", "fused", "onnx", or "onnx:DIR" with a bundle of this model.
+    backend: "auto" (``choose_backend``), "torch", "fused", "onnx", or "onnx:DIR" with a bundle of this model. kv: how keys
+    and values are kept, "auto" for the weights' dtype, or "fp8", half of bf16's memory, with the backend fused.
     characters: how many of a crowd run at once (twice as many without guidance); positions: of text and motion a character
     may need, the model's own limit by default; queue: how many may wait. A crowd's memory is taken, all of it, by the first
     ``submit``. ``timings`` holds the seconds that each stage of the last ``generate`` took: text, decode, detokenize, motion.
@@ -59,6 +60,7 @@ class Engine:
         model: ModelBundle,
         *,
         backend: str = "auto",
+        kv: str = "auto",
         characters: int = 16,
         positions: int | None = None,
         queue: int = 64,
@@ -66,7 +68,7 @@ class Engine:
         self.model = model
         chosen = choose_backend(model.decoder) if backend == "auto" else Chosen(backend, "asked for")
         self.backend, self.backend_reason = chosen
-        self.characters, self.queue = characters, queue
+        self.characters, self.queue, self.kv = characters, queue, kv
         self.positions = positions or model.decoder.config.block_size
         bank = PromptBank.load(model.bank) if model.bank is not None else None
         self.text = BankedEncoder(bank, model.text_encoder, model.decoder.config.text_dim)
@@ -123,7 +125,7 @@ class Engine:
 
     def _alone(self) -> Scheduler:
         config = self.model.decoder.config
-        return Scheduler(open_backend(self.backend, self.model, 2, config.block_size), config, queue=1)
+        return Scheduler(open_backend(self.backend, self.model, 2, config.block_size, self.kv), config, queue=1)
 
     def stream(self, prompt: str, params: SamplingParams | None = None, *, request: int = 0, **keywords: Any) -> Stream:
         """Frames as they come: an iterator of ``Motion`` blocks that go on from one another (``Stream``).
@@ -139,7 +141,9 @@ class Engine:
             return self._job(check_prompt(other), chosen, request, size, written=written)
 
         job = self._job(text, chosen, request, size)
-        return Stream(Crowd(self.model, self.backend, 1, size, queue=1), job, text, redirected, self._carried)
+        return Stream(
+            Crowd(self.model, self.backend, 1, size, queue=1, kv=self.kv), job, text, redirected, self._carried
+        )
 
     def submit(
         self,
@@ -207,7 +211,7 @@ class Engine:
     def _start(self) -> Crowd:
         with self._making:
             if self._crowd is None:
-                self._crowd = Crowd(self.model, self.backend, self.characters, self.positions, self.queue)
+                self._crowd = Crowd(self.model, self.backend, self.characters, self.positions, self.queue, self.kv)
             return self._crowd
 
     def _params(self, params: SamplingParams | None, keywords: dict[str, Any]) -> SamplingParams:
@@ -275,6 +279,7 @@ class Engine:
             "text_encoder": model.text_encoder.get("name"),
             "banked_prompts": len(self.text.bank.prompts) if self.text.bank is not None else 0,
             "backend": self.backend,
+            "kv": self.kv,
             "backend_reason": self.backend_reason,
             "attention": "torch scaled_dot_product_attention",
         }

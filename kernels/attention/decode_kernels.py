@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kinetok.kernels.aot import AotCase
-from kinetok.kernels.float8 import float8_to_float32
+from kinetok.kernels.float8 import float8_to_float32, rows_adjacent
 from kinetok.kernels.ops import cache_positions
 
 PART = 64  # positions; 300 of them in a 7B make 160 programs for one row, enough to fill a large GPU
@@ -118,6 +118,7 @@ def decode_attention(
     if q.stride(2) != 1 or q.stride(1) != head_dim:
         q = q.contiguous()
     lengths, float8 = lengths.contiguous(), kv_scale is not None
+    kv_scale = None if kv_scale is None else rows_adjacent(kv_scale)
     parts, block = triton.cdiv(capacity, PART), triton.next_power_of_2(head_dim)
     part = torch.empty((rows * heads, parts, head_dim), device=q.device, dtype=torch.float32)
     weight = torch.empty((rows * heads, parts), device=q.device, dtype=torch.float32)
@@ -126,13 +127,13 @@ def decode_attention(
         k_cache.view(torch.uint8) if float8 else k_cache,
         v_cache.view(torch.uint8) if float8 else v_cache,
         lengths,
-        weight if kv_scale is None else kv_scale.contiguous(),
+        weight if kv_scale is None else kv_scale,
         part,
         weight,
         heads,
         slab,
         q.stride(0),
-        rows * heads,
+        0 if kv_scale is None else kv_scale.stride(0),
         math.log2(math.e) / math.sqrt(head_dim),
         HEAD_DIM=head_dim,
         BLOCK=block,

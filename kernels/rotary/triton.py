@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kinetok.kernels.aot import AotCase
-from kinetok.kernels.float8 import float32_to_float8
+from kinetok.kernels.float8 import float32_to_float8, rows_adjacent
 
 HEADS_PER_PROGRAM = 4
 WARPS = 1
@@ -147,6 +147,7 @@ def rotary_kv_write(
     q = torch.empty((rows, positions, heads, head_dim), device=qkv.device, dtype=qkv.dtype)
     float8 = kv_scale is not None
     if q.numel():
+        kv_scale = None if kv_scale is None else rows_adjacent(kv_scale)
         qkv, table = _heads_adjacent(qkv), table.contiguous()
         kv_write_kernel[(rows * positions, triton.cdiv(heads, HEADS_PER_PROGRAM))](
             qkv,
@@ -154,7 +155,7 @@ def rotary_kv_write(
             starts.contiguous(),
             k_cache.view(torch.uint8) if float8 else k_cache,
             v_cache.view(torch.uint8) if float8 else v_cache,
-            table if kv_scale is None else kv_scale.contiguous(),
+            table if kv_scale is None else kv_scale,
             q,
             positions,
             heads,
@@ -163,7 +164,7 @@ def rotary_kv_write(
             qkv.stride(1),
             qkv.stride(2),
             table.stride(0) if len(table) > 1 else 0,
-            rows * heads,
+            0 if kv_scale is None else kv_scale.stride(0),
             HEAD_DIM=head_dim,
             BLOCK=triton.next_power_of_2(head_dim),
             HEADS=HEADS_PER_PROGRAM,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
+from kinetok.kernels.linear.packing import FLOATS
 from kinetok.kernels.sampling import Draw
 from kinetok.model.pretrained import ModelBundle
 
@@ -89,10 +90,10 @@ def _torch(model: ModelBundle, slots: int, capacity: int) -> Backend:
     return TorchBackend(model.decoder, slots, capacity)
 
 
-def _fused(model: ModelBundle, slots: int, capacity: int) -> Backend:
+def _fused(model: ModelBundle, slots: int, capacity: int, float8: bool) -> Backend:
     from kinetok.runtime.backends.fused import FusedBackend
 
-    return FusedBackend(model.decoder, slots, capacity)
+    return FusedBackend(model.decoder, slots, capacity, float8=float8)
 
 
 def _onnx(model: ModelBundle, slots: int, capacity: int, folder: str) -> Backend:
@@ -109,12 +110,20 @@ def _onnx(model: ModelBundle, slots: int, capacity: int, folder: str) -> Backend
 BACKENDS: dict[str, Callable[..., Any]] = {"torch": _torch, "fused": _fused, "onnx": _onnx}
 
 
-def open_backend(name: str, model: ModelBundle, slots: int, capacity: int) -> Backend:
+def open_backend(name: str, model: ModelBundle, slots: int, capacity: int, kv: str = "auto") -> Backend:
     """The backend of that name for ``model``: "torch", "fused", "onnx", or "onnx:DIR" with a bundle of the same model.
 
-    Raises ``UserError`` for an unknown name, or where it cannot run.
+    kv as in ``kinetok.runtime.Engine``. Raises ``UserError`` for an unknown name, or where it cannot run.
     """
     kind, _, folder = name.partition(":")
     if kind not in BACKENDS or (folder and kind != "onnx"):
         raise UserError(f"backend: expected one of auto, torch, fused, onnx, onnx:DIR, got {name!r}")
-    return BACKENDS[kind](model, slots, capacity, *([folder] if kind == "onnx" else []))
+    dtype = {value: name for name, value in FLOATS.items()}.get(model.decoder.embed.weight.dtype)
+    if kv not in ("auto", "fp8", dtype):
+        raise UserError(f"kv: this model keeps keys and values as auto, {dtype} (its weights' type) or fp8, got {kv!r}")
+    if kv == "fp8" and kind != "fused":
+        raise UserError(
+            f"kv: fp8 is for the backend fused alone, and this is {name}; use kv auto, or the backend fused"
+        )
+    own: dict[str, dict[str, Any]] = {"onnx": {"folder": folder}, "fused": {"float8": kv == "fp8"}}
+    return BACKENDS[kind](model, slots, capacity, **own.get(kind, {}))

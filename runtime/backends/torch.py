@@ -22,7 +22,7 @@ class TorchBackend:
 
     single_rows = True  # whether decode multiplies rows one by one, on a CPU
 
-    def __init__(self, decoder: MotionDecoder, slots: int, capacity: int) -> None:
+    def __init__(self, decoder: MotionDecoder, slots: int, capacity: int, kv: torch.dtype | None = None) -> None:
         config, weight = decoder.config, decoder.embed.weight
         if slots < 1 or not 0 < capacity <= config.block_size:
             raise UserError(
@@ -32,9 +32,10 @@ class TorchBackend:
         if self.device.type == "cpu" and self.single_rows:
             decoder.lay_out_for_single_rows()
         shape = (2, config.n_layer, slots, config.n_head, capacity, config.head_dim)
-        need = cache_bytes(config, slots, capacity, weight.dtype.itemsize)
+        kv = kv or weight.dtype  # another one is for subclasses that can read it
+        need = cache_bytes(config, slots, capacity, kv.itemsize)
         with within_memory(f"a cache of {slots} rows of {capacity} positions", need, weight.device, rows=slots):
-            self.slab = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+            self.slab = torch.zeros(shape, device=weight.device, dtype=kv)
         self.lengths = [0] * slots
 
     @torch.inference_mode()
@@ -54,12 +55,16 @@ class TorchBackend:
         table = decoder.rotary()[None, :length]
         for layer, block in enumerate(decoder.blocks):
             q, k, v = block.project(x, table)
-            self.slab[0, layer, slot, :, :length] = k[0]
-            self.slab[1, layer, slot, :, :length] = v[0]
+            self._hold(layer, slot, k[0], v[0])
             x = x + block.mix(attention(q, k, v, visible))
             x = x + block.mlp(x)
         self.lengths[slot] = length
         return decoder.head(decoder.norm(x[:, -1]))[0].float()
+
+    def _hold(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
+        """Write a slot's first positions, ``k, v [H, T, hd]``."""
+        self.slab[0, layer, slot, :, : k.shape[1]] = k
+        self.slab[1, layer, slot, :, : v.shape[1]] = v
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Tensor) -> Tensor:

@@ -1,0 +1,76 @@
+"""The fused backend's cache in float8: its scales, who may ask for it, and what it does to the default model's tokens."""
+
+import pytest
+import torch
+
+import kinetok
+from kinetok.errors import UserError
+from kinetok.runtime.backends import open_backend
+from kinetok.runtime.backends.fused import FusedBackend, kv_scale_of, packed_step
+
+PROMPTS = "a person walks forward", "a person dances happily while waving both arms", "someone sits down"
+
+
+def test_scales_are_powers_of_two_with_room_above() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 7, 16) * torch.logspace(-6, 6, 40)[:, None, None]
+    scale = kv_scale_of(x)
+    assert (torch.frexp(scale).mantissa == 0.5).all()
+    largest = x.abs().amax((1, 2)) / scale
+    assert (largest >= 16).all() and (largest < 32).all()
+    assert kv_scale_of(torch.zeros(2, 3, 4)).isfinite().all() and kv_scale_of(torch.ones(1, 1, 1) * 2).item() == 1 / 8
+
+
+@pytest.fixture(scope="module")
+def engine() -> kinetok.Engine:
+    return kinetok.load(device="cpu", backend="fused", kv="fp8")
+
+
+def test_weights_are_packed_once(engine) -> None:
+    decoder = engine.model.decoder
+    assert packed_step(decoder) is packed_step(decoder)
+    backends = [open_backend("fused", engine.model, 1, 20, kv) for kv in ("auto", "fp8", "fp32")]
+    assert [b.slab.dtype for b in backends] == [torch.float32, torch.float8_e4m3fn, torch.float32]
+    assert all(b._step is packed_step(decoder) for b in backends)
+
+
+def test_kv_is_refused_where_it_cannot_be(engine) -> None:
+    for backend, kv, says in (("torch", "fp8", "fused"), ("fused", "bf16", "fp32"), ("fused", "int3", "auto, fp32")):
+        with pytest.raises(UserError, match=f"kv: .*{says}"):
+            open_backend(backend, engine.model, 1, 20, kv)
+        with pytest.raises(UserError, match="kv: "):
+            kinetok.Engine(engine.model, backend=backend, kv=kv).generate("walk", seconds=0.2)
+
+
+@torch.inference_mode()
+def test_tokens_of_the_default_model_with_a_float8_cache(engine, record_property) -> None:
+    """Fed with fp32's greedy tokens: float8 chooses 97 of 100 too, and all where the best one leads by half a logit."""
+    config = engine.model.decoder.config
+    backends = [FusedBackend(engine.model.decoder, 1, 80, float8=float8) for float8 in (False, True)]
+    same, error, margins = [], [], []
+    for prompt in PROMPTS:
+        logits = [backend.prefill(0, engine._features(prompt)) for backend in backends]
+        assert torch.equal(*logits)  # a text is read before it is rounded
+        for _ in range(45):
+            exact, near = (x[: config.codebook] for x in logits)
+            best = exact.topk(2).values
+            same.append(bool(near.argmax() == exact.argmax()))
+            margins.append(float(best[0] - best[1]))
+            error.append(float((near - exact).std() / exact.std()))
+            logits = [backend.decode([0], exact.argmax()[None])[0] for backend in backends]
+    agreement, worst = sum(same) / len(same), max(error)
+    record_property("fp8_kv_greedy_agreement", agreement)
+    record_property("fp8_kv_largest_relative_logit_error", worst)
+    print(f"agreement {agreement:.3f} of {len(same)}, largest relative error of the logits {worst:.3f}")
+    assert agreement >= 0.97 and 0 < worst < 0.1
+    assert all(equal for equal, margin in zip(same, margins, strict=True) if margin > 0.5)
+
+
+def test_clips_are_written_through_a_float8_cache(engine) -> None:
+    alone = engine.generate("a person walks forward", seconds=0.6, guidance=2.0, seed=3)[0]
+    handle = engine.submit("a person walks forward", seconds=0.6, guidance=2.0, seed=3)
+    other = engine.submit("someone sits down", seconds=0.4)
+    while engine.step():
+        pass
+    assert len(engine.poll(other).motion) == 12
+    assert abs(engine.poll(handle).motion.features - alone.features).max() < 1e-4
