@@ -22,9 +22,10 @@ from kinetok.motion.skeleton import CANONICAL_OFFSETS, FPS
 from kinetok.runtime.bench.machine import commit
 from kinetok.train.data.augment import heading, lengthen, liveliness, turn_caption
 from kinetok.train.data.store import Clip, mirror_words, read_clips
-from kinetok.train.loop import fit
+from kinetok.train.loop import OneProcess, fit
 from kinetok.train.packing import IGNORED
 from kinetok.train.recipes import MINI_BANK, DecoderRecipe, decoder_recipe
+from kinetok.train.samples import Samples
 from kinetok.train.tokenizer import draw_weights
 
 SUBJECTS = ("a person", "someone", "a man", "a woman", "the person", "somebody")
@@ -160,6 +161,12 @@ class DecoderTask:
             self.text[text] = self.encoder.encode([text])[0]
         return self.text[text]
 
+    def samples(self, tokenizer: MotionTokenizer, mean: Tensor, std: Tensor, run: Path) -> Samples:
+        """What draws three of the held-out captions."""
+        captions = list(dict.fromkeys(clip.captions[0] for clip in self.held_out))[:3]
+        texts = {caption: self._text(caption) for caption in captions}
+        return Samples(OneProcess(), tokenizer, mean, std, texts, run / "samples")
+
     def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
         recipe = self.recipe
         tokens, features, mask, targets = self._batch([self._draw(rng) for _ in range(recipe.batch)])
@@ -193,10 +200,12 @@ def train(
     out: str | Path = "runs/decoder",
     resume: bool = False,
     seed: int | None = None,
+    sample_every: int = 0,
 ) -> Path:
     """Train a decoder on a trained tokenizer's tokens; returns ``out/model``, a directory for ``kinetok.load``.
 
-    ``seed`` replaces the recipe's own.
+    ``seed`` replaces the recipe's own. Every ``sample_every`` steps three held-out captions become pictures in
+    ``out/samples``.
     """
     chosen = decoder_recipe(recipe)
     if seed is not None:
@@ -208,7 +217,15 @@ def train(
         )
     task = DecoderTask(chosen, read_clips(data), motion, mean, std)
     weight = float(motion.decoder.last.weight.detach().double().sum())
-    best = fit(task, chosen.loop, out, resume=resume, identity={**asdict(chosen), "tokenizer": weight})
+    best = fit(
+        task,
+        chosen.loop,
+        out,
+        resume=resume,
+        identity={**asdict(chosen), "tokenizer": weight},
+        sample=task.samples(motion, mean, std, Path(out)) if sample_every else None,
+        sample_every=sample_every,
+    )
     state = torch.load(best, weights_only=True)
     task.module.load_state_dict(state["model"])
     bank = Path(out) / BANK

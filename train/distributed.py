@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -30,13 +31,24 @@ from kinetok.train.packing import PackedDecoder, fill_rest
 
 FOLDER, COMPLETE, REST = "checkpoints", "complete.json", "rest.pt"
 KEPT = 2
-WRITERS = 2
 LOST = re.compile(r"closed by peer|reset by peer|timed out|timeout|broken pipe|connection refused", re.IGNORECASE)
+
+
+class SaidElsewhere(UserError):
+    """A ``UserError`` that every process has and the first one says."""
 
 
 def launched() -> bool:
     """Whether torchrun (or whatever sets its variables) started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def start_processes() -> OneProcess:
+    """All processes that torchrun started, or this one."""
+    processes = ManyProcesses() if launched() else OneProcess()
+    if processes.rank:
+        logging.disable(logging.WARNING)  # the first process says it
+    return processes
 
 
 class ManyProcesses(OneProcess):
@@ -57,9 +69,14 @@ class ManyProcesses(OneProcess):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The training itself: a process that no longer answers becomes a ``UserError`` in the others."""
+        """The training itself: a process that no longer answers becomes a ``UserError`` in the others.
+
+        Of an error that all have, the first process alone speaks; the others end with the same exit code.
+        """
         try:
             yield
+        except SaidElsewhere:
+            raise SystemExit(2) from None
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
                 raise
@@ -86,6 +103,9 @@ class ManyProcesses(OneProcess):
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
         fill_rest(module, fill)
         fully_shard(module, mesh=self.mesh, mp_policy=policy)
+
+    def spread(self, module: nn.Module) -> None:
+        fully_shard(module.to(self.device), mesh=self.mesh)
 
     @contextmanager
     def computing(self, bf16: bool) -> Iterator[None]:
@@ -114,8 +134,16 @@ class ManyProcesses(OneProcess):
                 said[1] = str(error)
         dist.broadcast_object_list(said, src=0)
         if said[1] is not None:
-            raise UserError(said[1])
+            raise self.error(said[1])
         return said[0]
+
+    def first(self, call: Callable[[], Result]) -> Result:
+        results = []
+        self.agree(lambda: results.append(call()))
+        return results[0] if results else call()
+
+    def error(self, message: str) -> UserError:
+        return SaidElsewhere(message) if self.rank else UserError(message)
 
     def whole(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         result = {}
@@ -170,7 +198,8 @@ class ShardedCheckpoints:
 
         self.processes.agree(prepare)
         state = self._state(module, optimizer, rest["average"])
-        writer = FileSystemWriter(folder, thread_count=WRITERS, sync_files=True)
+        # One thread a process: what fails in a second one, such as a full disk, torch prints and forgets.
+        writer = FileSystemWriter(folder, thread_count=1, sync_files=True)
         response = async_save(state, storage_writer=writer, process_group=self.processes.writers)
         future = response if isinstance(response, Future) else response.upload_completion
         about = {"identity": rest["identity"], "step": rest["step"]}
@@ -200,15 +229,17 @@ class ShardedCheckpoints:
             shutil.rmtree(old)
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written. ``UserError`` where it could not be."""
+        """Wait for the checkpoint that is being written. ``UserError``, in all processes, where one of them could not."""
         if self.pending is None:
             return
         (folder, future), self.pending = self.pending, None
-        try:
-            future.result()
-        except Exception as error:
-            detail = " ".join(str(error).split())[-200:]
-            raise UserError(f"cannot write {folder}: {detail}") from error
+        error = future.exception()
+        problems: list[str | None] = [None] * self.processes.world
+        mine = None if error is None else " ".join(str(error).split())[-200:]
+        dist.all_gather_object(problems, mine)
+        told = next((problem for problem in problems if problem is not None), None)
+        if told is not None:
+            raise self.processes.error(f"cannot write {folder}: {told}")
 
     def find(self, told: Callable[[str], None]) -> Found | None:
         found, lines = self.processes.agree(self._find)

@@ -79,12 +79,14 @@ def finetune(
     resume: bool = False,
     steps: int | None = None,
     seed: int | None = None,
+    sample_every: int = 0,
 ) -> FineTuned:
     """Train the decoder of a model directory further on a motion set; writes ``out/model``, for ``kinetok.load``.
 
     The tokenizer, mean and std stay as they are. Of a set without validation clips the last tenth is held out. ``steps``
-    and ``seed`` replace the recipe's. Raises ``UserError`` for models with another text encoder than the default model's,
-    and for data that cannot be trained on.
+    and ``seed`` replace the recipe's; every ``sample_every`` steps three held-out captions become pictures in
+    ``out/samples``. Raises ``UserError`` for models with another text encoder than the default model's, and for data that
+    cannot be trained on.
     """
     path = None if str(init) == DEFAULT else init
     encoder = read_text_encoder(path)
@@ -106,7 +108,9 @@ def finetune(
     task.module.load_state_dict(bundle.decoder.state_dict())
     before = task.validate(task.module.eval())["loss"]
     identity = {**asdict(chosen), "init": _digest(bundle), "data": _captions_digest(clips)}
-    state = torch.load(fit(task, loop, out, resume=resume, identity=identity), weights_only=True)
+    sample = task.samples(bundle.tokenizer, mean, std, Path(out)) if sample_every else None
+    best = fit(task, loop, out, resume=resume, identity=identity, sample=sample, sample_every=sample_every)
+    state = torch.load(best, weights_only=True)
     task.module.load_state_dict(state["model"])
     result = FineTuned(
         model=Path(out) / "model",

@@ -71,6 +71,10 @@ class OneProcess:
         fill_rest(module, fill)
         module.to(self.device)
 
+    def spread(self, module: nn.Module) -> None:
+        """Bring a module to the device that fits into every process and is the same in all of them."""
+        module.to(self.device)
+
     def computing(self, bf16: bool) -> AbstractContextManager[None]:
         """Around a forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
@@ -93,6 +97,14 @@ class OneProcess:
     def agree(self, call: Callable[[], Result]) -> Result:
         """What ``call`` gives the first process, or the ``UserError`` it raises there, in every process."""
         return call()
+
+    def first(self, call: Callable[[], Result]) -> Result:
+        """What ``call`` gives each process, the first one before the others: its ``UserError`` is the only one said."""
+        return call()
+
+    def error(self, message: str) -> UserError:
+        """The error to raise for something that every process knows."""
+        return UserError(message)
 
     def whole(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A state with nothing sharded, in the first process."""
@@ -215,7 +227,8 @@ def _train(
     notes: list[str] = []
     found = checkpoints.find(notes.append)
     if found is not None:
-        _same(run, found.identity, identity)
+        theirs = found.identity
+        processes.agree(lambda: _same(run, theirs, identity))
         state = checkpoints.load(found, module, optimizer)
         if average is not None:
             average.load(state["average"])
@@ -236,13 +249,15 @@ def _train(
         module.train()
         optimizer.zero_grad(set_to_none=True)
         losses = task.loss(step, rng)
-        if not losses["loss"].isfinite():
-            raise UserError(f"{run}: the loss is {losses['loss'].item()} at step {step}; lower the learning rate")
         losses["loss"].backward()
         most = math.inf if config.clip_norm is None else config.clip_norm
         norm = processes.plain(nn.utils.clip_grad_norm_(module.parameters(), most))
-        if not norm.isfinite():
-            raise UserError(f"{run}: the gradient is not finite at step {step}; lower the learning rate")
+        # One process's loss may be bad and another's not: all have to stop together.
+        bad = processes.total(torch.stack((losses["loss"].detach().isfinite(), norm.isfinite())).logical_not().float())
+        if bad.any():
+            value = processes.mean({"loss": losses["loss"]})["loss"]
+            what = f"the loss is {value}" if bad[0] else "the gradient is not finite"
+            raise processes.error(f"{run}: {what} at step {step}; lower the learning rate")
         optimizer.step()
         if average is not None:
             assert config.ema is not None

@@ -20,8 +20,9 @@ class LoopConfig:
     """Everything the loop needs to know about a run of ``steps`` steps.
 
     schedule: "cosine" is a linear warm-up and a cosine to zero; "reference" is that of the released decoders, with its
-    second rise, "reference-tokenizer" that of the released tokenizer, which drops at ``milestone`` (``learning_rate``). ema None keeps no average, clip_norm None does not clip. Weight decay acts on matrices,
-    or on all parameters with ``decay_all``. Losses are logged every ``log_every`` steps.
+    second rise, "reference-tokenizer" that of the released tokenizer, which drops at ``milestone`` (``learning_rate``).
+    ema None keeps no average, clip_norm None does not clip. Weight decay acts on matrices, or on all parameters with
+    ``decay_all``. Losses are logged every ``log_every`` steps.
     keep: which (averaged) weights are the result, those of the lowest validation loss or the last ones (where the held-out
     clips say too little to choose by).
     """

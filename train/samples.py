@@ -1,4 +1,4 @@
-"""What a decoder does so far: pictures of a few captions, in the middle of its training."""
+"""What a model does so far: pictures of a few held-out captions or clips, in the middle of its training."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion import Motion
-from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.motion.skeleton import CANONICAL_OFFSETS, FPS
 from kinetok.runtime.generate import generate_tokens
 from kinetok.train.loop import OneProcess
 from kinetok.train.packing import PackedDecoder
@@ -18,7 +18,7 @@ SECONDS = 4.0
 
 
 class Samples:
-    """Greedy clips of at most 4 s of ``texts`` (caption to features ``[L, D]``), as ``folder/step-N-i.png`` and ``.bvh``.
+    """Greedy clips of at most 4 s of ``texts`` (caption to features ``[L, D]``), as ``folder/step-N-i.png`` and ``.npz``.
 
     Called by every process with the module; the first one generates, from a whole copy on the CPU.
     """
@@ -53,6 +53,36 @@ class Samples:
             tokens = generate_tokens(decoder, features, most)
             with torch.inference_mode():
                 frames = self.tokenizer.decode(torch.tensor([tokens]))[0].double() * self.std + self.mean
-            motion = Motion.from_features(frames.numpy(), offsets=CANONICAL_OFFSETS, text=caption)
-            for suffix in ("png", "npz"):
-                motion.save(self.folder / f"step-{step:08d}-{number}.{suffix}")
+            _draw(frames, caption, self.folder / f"step-{step:08d}-{number}")
+
+
+class Reconstructions:
+    """Clips of at most 4 s as a tokenizer gives them back: ``folder/step-N-i.png`` and ``.npz``, once ``clip-i`` as they are.
+
+    ``clips`` are normalised frames ``[T, 272]``; what the module returns first are its frames for ``[B, T, 272]``. Every
+    process takes part, the first one writes.
+    """
+
+    def __init__(
+        self, processes: OneProcess, clips: Mapping[str, Tensor], mean: Tensor, std: Tensor, folder: Path
+    ) -> None:
+        self.processes, self.mean, self.std, self.folder = processes, mean, std, folder
+        self.clips = {name: frames[: round(SECONDS * FPS)] for name, frames in clips.items()}
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, step: int) -> None:
+        for number, (name, frames) in enumerate(self.clips.items()):
+            made = module(frames[None].to(self.processes.device))[0][0]
+            if self.processes.rank:
+                continue
+            self.folder.mkdir(parents=True, exist_ok=True)
+            original = self.folder / f"clip-{number}"
+            if not original.with_suffix(".npz").exists():
+                _draw(frames * self.std + self.mean, name, original)
+            _draw(made.cpu().double() * self.std + self.mean, name, self.folder / f"step-{step:08d}-{number}")
+
+
+def _draw(frames: Tensor, text: str, path: Path) -> None:
+    motion = Motion.from_features(frames.double().numpy(), offsets=CANONICAL_OFFSETS, text=text)
+    for suffix in ("npz", "png"):
+        motion.save(path.with_name(f"{path.name}.{suffix}"))

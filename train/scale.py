@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,8 @@ from kinetok.train.data.sequences import Sequences
 from kinetok.train.decoder import load_tokenizer
 from kinetok.train.loop import OneProcess, fit
 from kinetok.train.packing import PackedDecoder, fill, pack
-from kinetok.train.scale_recipes import ScaleRecipe, scale_recipe
+from kinetok.train.samples import Samples
+from kinetok.train.scale_recipes import ScaleRecipe
 
 HELD_OUT = 512  # clips that a validation takes at most
 VALIDATED = 16  # clips of one validation pass of a process
@@ -63,12 +63,12 @@ class PackedTask:
         self.train, self.held_out = (np.flatnonzero(fits & (data.splits == name)) for name in ("train", "val"))
         most = f"of {recipe.min_tokens} to {recipe.max_tokens} tokens"
         if not len(self.train) or not len(self.held_out):
-            raise UserError(
+            raise processes.error(
                 f"{data.folder}: expected clips {most} in the splits train and val, "
                 f"got {len(self.train)} and {len(self.held_out)}"
             )
         if processes.world > min(len(self.train), recipe.batch):
-            raise UserError(
+            raise processes.error(
                 f"more processes than data: {processes.world} processes for {len(self.train)} clips {most} "
                 f"in batches of {recipe.batch}"
             )
@@ -166,42 +166,34 @@ class PackedTask:
 
 def train(
     *,
-    recipe: str | ScaleRecipe,
+    recipe: ScaleRecipe,
+    name: str = "own",
     data: str | Path,
     tokenizer: str | Path,
     out: str | Path = "runs/decoder",
     resume: bool = False,
-    seed: int | None = None,
-    steps: int | None = None,
     engine: Engine | None = None,
     sample_every: int = 0,
 ) -> Path:
     """Train a decoder on a clip store with its tokens and text features; returns ``out/model``, for ``kinetok.load``.
 
     In all processes that torchrun started, or in this one. The model takes the tokenizer's codebook and the text
-    features' width, whatever the recipe's size says. ``seed`` and ``steps`` replace the recipe's. Every ``sample_every``
-    steps three held-out captions become pictures in ``out/samples``.
+    features' width, whatever the recipe's size says; ``name`` is what it calls its recipe. Every ``sample_every`` steps
+    three held-out captions become pictures in ``out/samples``.
     Raises ``UserError`` for a store without tokens or text features, or with those of another tokenizer.
     """
-    from kinetok.train.distributed import ManyProcesses, launched
+    from kinetok.train.distributed import start_processes
 
-    chosen = scale_recipe(recipe) if isinstance(recipe, str) else recipe
-    name = recipe if isinstance(recipe, str) else "own"
-    processes = ManyProcesses() if launched() else OneProcess()
-    if processes.rank:
-        logging.disable(logging.WARNING)  # the first process says it
+    processes = start_processes()
     with processes.running():
-        motion, mean, std = load_tokenizer(tokenizer)
-        sequences = Sequences(data, tokenizer=tokenizer)
-        model = replace(chosen.model, codebook=motion.config.codebook, text_dim=sequences.text_dim)
-        loop = replace(chosen.loop, steps=chosen.loop.steps if steps is None else steps)
-        loop = loop if seed is None else replace(loop, seed=seed)
-        chosen = replace(chosen, model=model, loop=loop)
+        motion, mean, std = processes.first(lambda: load_tokenizer(tokenizer))
+        sequences = processes.first(lambda: Sequences(data, tokenizer=tokenizer))
+        model = replace(recipe.model, codebook=motion.config.codebook, text_dim=sequences.text_dim)
+        chosen = replace(recipe, model=model)
+        loop = chosen.loop
         task = PackedTask(chosen, sequences, processes, engine)
         sample = None
         if sample_every:
-            from kinetok.train.samples import Samples
-
             captions = sequences.caption(task.held_out[:3], np.zeros(len(task.held_out[:3])))
             texts = {sequences.caption_text(int(row)): sequences.text(int(row)) for row in captions}
             sample = Samples(processes, motion, mean, std, texts, Path(out) / "samples")

@@ -1,6 +1,7 @@
 """Recipes of the paper's decoders, and what a run of one costs (section 4)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -10,9 +11,19 @@ from kinetok.model.decoder import MotionDecoder
 from kinetok.model.presets import DECODERS, decoder_preset
 from kinetok.train.optim import LoopConfig
 
-PREFIX = "motionmillion-"
+PREFIX, SMOKE = "motionmillion-", "smoke"
 MAX_TEXT = 150  # text features a caption is cut to
 DAY = 86400
+
+
+class Loops(Protocol):
+    """A recipe of a training."""
+
+    @property
+    def loop(self) -> LoopConfig: ...
+
+
+Recipe = TypeVar("Recipe", bound=Loops)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,10 +48,18 @@ def scale_recipe(name: str) -> ScaleRecipe:
     """The paper's run for a size, ``motionmillion-7b``: 16 x 40 clips of 2 to 10 s, 240,000 steps, 4e-4 at most.
 
     One rate for all sizes, as the paper has one for its two. The reference clips no gradients and keeps no average.
+    "smoke" is a toy that is over in a minute: whether processes, disk and data work together shows before the real run.
     """
     sizes = {f"{PREFIX}{size.lower()}": size for size in DECODERS}
+    if name == SMOKE:
+        return ScaleRecipe(
+            model=DecoderConfig(n_layer=2, n_head=4, n_embd=64),
+            loop=LoopConfig(steps=20, warmup=5, validate_every=10, save_every=10, log_every=1),
+            batch=16,
+            min_tokens=1,
+        )
     if name not in sizes:
-        raise UserError(f"unknown decoder recipe {name!r}: expected mini or one of {', '.join(sizes)}")
+        raise UserError(f"unknown decoder recipe {name!r}: expected mini, {SMOKE} or one of {', '.join(sizes)}")
     return ScaleRecipe(
         model=decoder_preset(sizes[name]),
         loop=LoopConfig(
@@ -61,6 +80,12 @@ def scale_recipe(name: str) -> ScaleRecipe:
             keep="last",
         ),
     )
+
+
+def with_loop(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with other numbers of its loop; a number that is None stays the recipe's."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    return replace(recipe, loop=replace(recipe.loop, **given))  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,11 +15,13 @@ from kinetok.kernels.fsq import fsq_bound, fsq_quantize
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.features import POSITIONS
 from kinetok.motion.skeleton import JOINTS
+from kinetok.train.checkpoints import save_whole
 from kinetok.train.data.stats import mean_std
 from kinetok.train.data.store import Clip, read_clips
-from kinetok.train.loop import fit
+from kinetok.train.loop import OneProcess, fit
 from kinetok.train.losses import mini_losses
 from kinetok.train.recipes import TokenizerRecipe, tokenizer_recipe
+from kinetok.train.samples import Reconstructions
 
 
 def draw_weights(clips: Sequence[Clip], power: float) -> NDArray[np.float64]:
@@ -135,26 +137,40 @@ def train(
     out: str | Path = "runs/tokenizer",
     resume: bool = False,
     seed: int | None = None,
+    sample_every: int = 0,
 ) -> Path:
     """Train a tokenizer; returns ``out/tokenizer.pt`` ({"config", "model", "mean", "std", "figures"}).
 
-    About 25 minutes for the mini recipe on an idle core. ``seed`` replaces the recipe's own.
+    About 25 minutes for the mini recipe on an idle core. ``seed`` replaces the recipe's own. Every ``sample_every`` steps
+    three held-out clips, as the tokenizer gives them back, become pictures in ``out/samples``.
     """
     chosen = tokenizer_recipe(recipe)
     if seed is not None:
         chosen = replace(chosen, loop=replace(chosen.loop, seed=seed))
     task = TokenizerTask(chosen, read_clips(data))
-    best = torch.load(fit(task, chosen.loop, out, resume=resume, identity=asdict(chosen)), weights_only=True)
-    task.module.load_state_dict(best["model"])
-    result = Path(out) / "tokenizer.pt"
-    torch.save(
-        {
-            "config": asdict(chosen.model),
-            "model": task.module.folded().state_dict(),
-            "mean": torch.from_numpy(task.mean),
-            "std": torch.from_numpy(task.std),
-            "figures": best["figures"],
-        },
-        result,
+    mean, std = torch.from_numpy(task.mean), torch.from_numpy(task.std)
+    clips = {clip.id: task._normal(clip.features) for clip in task.held_out[:3]}
+    best = fit(
+        task,
+        chosen.loop,
+        out,
+        resume=resume,
+        identity=asdict(chosen),
+        sample=Reconstructions(OneProcess(), clips, mean, std, Path(out) / "samples") if sample_every else None,
+        sample_every=sample_every,
     )
-    return result
+    state = torch.load(best, weights_only=True)
+    task.module.load_state_dict(state["model"])
+    return save_tokenizer(Path(out) / "tokenizer.pt", task.module.folded(), mean, std, state["figures"])
+
+
+def save_tokenizer(
+    path: Path, tokenizer: MotionTokenizer, mean: Tensor, std: Tensor, figures: Mapping[str, float]
+) -> Path:
+    """Write what ``train/decoder.py: load_tokenizer`` reads: weights, mean ``[272]``, std ``[272]``, held-out figures."""
+    weights = tokenizer.state_dict()
+    save_whole(
+        path,
+        {"config": asdict(tokenizer.config), "model": weights, "mean": mean, "std": std, "figures": dict(figures)},
+    )
+    return path

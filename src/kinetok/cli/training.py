@@ -2,23 +2,34 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kinetok.cli.common import example
 from kinetok.errors import UserError
 
+if TYPE_CHECKING:
+    from kinetok.train.scale_recipes import ScaleRecipe
+
 DATA = typer.Option(help="Motion data: data/cmu, or what kinetok data import wrote.")
 RESUME = typer.Option(help="Continue the run in --out.")
 SEED = typer.Option(help="Seed of the run; the recipe's own without.", min=0)
+STORE_TOKENIZERS = "smoke", "motionmillion"
 TOKENIZER = Path("runs/tokenizer/tokenizer.pt")
 THREADS = typer.Option(help="CPU threads; torch's choice without.", min=1)
+SAMPLES = typer.Option(help="Draw sample motions every so many steps; 0: never.", min=0)
+DRY_RUN = typer.Option("--dry-run", help="Only print what a recipe for a clip store costs.")
+GPUS = typer.Option(help="With --dry-run: GPUs.", min=1)
+RATE = typer.Option(help="With --dry-run: the measured rate of all GPUs together.")
+EMA = typer.Option(help="Keep the moving average of this decay (0.9999).", min=0.0, max=1.0)
+CLIP = typer.Option(help="Clip the gradient of a step to this norm.", min=0.0)
 
 
 def register(app: typer.Typer) -> None:
     train = typer.Typer(help="Train a tokenizer, then a decoder on its tokens.")
-    train.command(epilog=example("kinetok train tokenizer --recipe mini"))(tokenizer)
+    lines = "kinetok train tokenizer --recipe mini", "kinetok train tokenizer --recipe motionmillion --data store"
+    train.command(epilog=example(*lines))(tokenizer)
     train.command(
         epilog=example(
             "kinetok train decoder --recipe mini --tokenizer runs/tokenizer/tokenizer.pt",
@@ -44,13 +55,35 @@ def tokenizer(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/tokenizer"),
     resume: Annotated[bool, RESUME] = False,
     seed: Annotated[int | None, SEED] = None,
+    steps: Annotated[int | None, typer.Option(help="With a recipe for a clip store.", min=1)] = None,
     threads: Annotated[int | None, THREADS] = None,
+    dry_run: Annotated[bool, DRY_RUN] = False,
+    processes: Annotated[int, GPUS] = 1,
+    tokens_per_second: Annotated[float | None, RATE] = None,
+    sample_every: Annotated[int, SAMPLES] = 0,
 ) -> None:
-    """Train a motion tokenizer."""
+    """Train a motion tokenizer.
+
+    Recipes: mini for a small set; motionmillion, and the toy smoke, for a clip store (docs/training.md).
+    """
+    _threads(threads)
+    if recipe in STORE_TOKENIZERS:
+        from kinetok.train.scale_recipes import with_loop
+        from kinetok.train.scale_tokenizer import cost_lines, store_tokenizer_recipe
+        from kinetok.train.scale_tokenizer import train as train_on_store
+
+        chosen = with_loop(store_tokenizer_recipe(recipe), steps=steps, seed=seed)
+        if dry_run:
+            print("\n".join(cost_lines(recipe, chosen, processes=processes, tokens_per_second=tokens_per_second)))
+            return
+        _wrote(train_on_store(recipe=chosen, data=data, out=out, resume=resume, sample_every=sample_every))
+        return
     from kinetok.train.tokenizer import train
 
-    _threads(threads)
-    print("wrote", train(recipe=recipe, data=data, out=out, resume=resume, seed=seed))
+    for asked, option in ((dry_run, "--dry-run"), (steps is not None, "--steps")):
+        if asked:
+            raise UserError(f"{option} goes with a recipe for a clip store: {' or '.join(STORE_TOKENIZERS)}")
+    _wrote(train(recipe=recipe, data=data, out=out, resume=resume, seed=seed, sample_every=sample_every))
 
 
 def decoder(
@@ -68,45 +101,58 @@ def decoder(
     resume: Annotated[bool, RESUME] = False,
     seed: Annotated[int | None, SEED] = None,
     steps: Annotated[
-        int | None, typer.Option(help="With --init (300 without), or a motionmillion recipe.", min=1)
+        int | None, typer.Option(help="With --init (300 without), or a recipe for a clip store.", min=1)
     ] = None,
     threads: Annotated[int | None, THREADS] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what a motionmillion recipe costs.")] = False,
-    processes: Annotated[int, typer.Option(help="With --dry-run: GPUs.", min=1)] = 1,
-    tokens_per_second: Annotated[
-        float | None, typer.Option(help="With --dry-run: the measured rate of all GPUs together.")
-    ] = None,
+    dry_run: Annotated[bool, DRY_RUN] = False,
+    processes: Annotated[int, GPUS] = 1,
+    tokens_per_second: Annotated[float | None, RATE] = None,
     positions: Annotated[int, typer.Option(help="Positions of one pass of a process.", min=1)] = 16_384,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute activations twice to keep fewer.")
     ] = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile of the blocks.")] = False,
-    sample_every: Annotated[int, typer.Option(help="Draw sample motions every so many steps; 0: never.", min=0)] = 0,
+    ema: Annotated[float | None, EMA] = None,
+    clip_norm: Annotated[float | None, CLIP] = None,
+    sample_every: Annotated[int, SAMPLES] = 0,
 ) -> None:
     """Train a decoder, or fine-tune a model; its folder then holds model/, which --model of generate takes.
 
-    Recipes: mini for a small set, motionmillion-44m to motionmillion-65b for a clip store (docs/training.md).
+    Recipes: mini for a small set; motionmillion-44m to motionmillion-65b, and the toy smoke, for a clip store
+    (docs/training.md).
     """
     _threads(threads)
     if recipe is not None and recipe != "mini" and init is None:
-        _scale(
-            recipe,
-            data,
-            tokenizer or TOKENIZER,
-            out or Path("runs/decoder"),
-            resume,
-            seed,
-            steps,
-            {"pass_positions": positions, "checkpointing": checkpointing, "compile": compile},
-            sample_every,
-            (processes, tokens_per_second) if dry_run else None,
+        from kinetok.train.scale_recipes import scale_recipe, with_loop
+
+        chosen = with_loop(scale_recipe(recipe), steps=steps, seed=seed, ema=ema, clip_norm=clip_norm)
+        if dry_run:
+            _decoder_cost(recipe, chosen, data, processes, tokens_per_second, positions, checkpointing)
+            return
+        from kinetok.train.scale import Engine
+        from kinetok.train.scale import train as train_on_store
+
+        result = train_on_store(
+            recipe=chosen,
+            name=recipe,
+            data=data,
+            tokenizer=tokenizer or TOKENIZER,
+            out=out or Path("runs/decoder"),
+            resume=resume,
+            engine=Engine(pass_positions=positions, checkpointing=checkpointing, compile=compile),
+            sample_every=sample_every,
         )
+        _wrote(result)
         return
-    for asked, option in ((dry_run, "--dry-run"), (checkpointing, "--checkpointing"), (compile, "--compile")):
+    for asked, option in (
+        (dry_run, "--dry-run"),
+        (checkpointing, "--checkpointing"),
+        (compile, "--compile"),
+        (ema is not None, "--ema"),
+        (clip_norm is not None, "--clip-norm"),
+    ):
         if asked:
-            raise UserError(f"{option} goes with a motionmillion recipe")
-    if sample_every:
-        raise UserError("--sample-every goes with a motionmillion recipe")
+            raise UserError(f"{option} goes with a recipe for a clip store: smoke, motionmillion-44m to -65b")
     if init is None:
         from kinetok.train.decoder import train
 
@@ -114,7 +160,15 @@ def decoder(
             raise UserError("--steps goes with --init; a recipe has its own number of steps")
         tokens = tokenizer or TOKENIZER
         folder = out or Path("runs/decoder")
-        made = train(recipe=recipe or "mini", data=data, tokenizer=tokens, out=folder, resume=resume, seed=seed)
+        made = train(
+            recipe=recipe or "mini",
+            data=data,
+            tokenizer=tokens,
+            out=folder,
+            resume=resume,
+            seed=seed,
+            sample_every=sample_every,
+        )
         print("wrote", made)
         return
     from kinetok.train.finetune import finetune
@@ -124,7 +178,15 @@ def decoder(
     )
     if given is not None:
         raise UserError(f"{given} does not go with --init: the model brings its own tokenizer and sizes")
-    tuned = finetune(init=init, data=data, out=out or Path("runs/finetune"), resume=resume, steps=steps, seed=seed)
+    tuned = finetune(
+        init=init,
+        data=data,
+        out=out or Path("runs/finetune"),
+        resume=resume,
+        steps=steps,
+        seed=seed,
+        sample_every=sample_every,
+    )
     print(
         f"wrote {tuned.model}  (validation loss {tuned.before:.3f} before, {tuned.after:.3f} after {tuned.step} steps)"
     )
@@ -133,53 +195,35 @@ def decoder(
         print("the validation loss did not fall: what it learned does not carry over to the clips held out")
 
 
-def _scale(
-    recipe: str,
+def _decoder_cost(
+    name: str,
+    recipe: "ScaleRecipe",
     data: Path,
-    tokenizer: Path,
-    out: Path,
-    resume: bool,
-    seed: int | None,
-    steps: int | None,
-    engine: dict[str, Any],
-    sample_every: int,
-    dry_run: tuple[int, float | None] | None,
+    processes: int,
+    tokens_per_second: float | None,
+    positions: int,
+    checkpointing: bool,
 ) -> None:
-    from kinetok.train.scale_recipes import cost, cost_lines, scale_recipe
-
-    chosen = scale_recipe(recipe)
-    if dry_run is None:
-        from kinetok.train.scale import Engine, train
-
-        options = Engine(**engine)
-        made = train(
-            recipe=recipe,
-            data=data,
-            tokenizer=tokenizer,
-            out=out,
-            resume=resume,
-            seed=seed,
-            steps=steps,
-            engine=options,
-            sample_every=sample_every,
-        )
-        if int(os.environ.get("RANK", "0")) == 0:
-            print("wrote", made)
-        return
     from kinetok.train.data.sequences import mean_lengths
     from kinetok.train.data.shards import is_store
+    from kinetok.train.scale_recipes import cost, cost_lines
 
-    means = mean_lengths(data, chosen.max_text, chosen.min_tokens, chosen.max_tokens) if is_store(data) else None
+    means = mean_lengths(data, recipe.max_text, recipe.min_tokens, recipe.max_tokens) if is_store(data) else None
     found = cost(
-        chosen,
-        processes=dry_run[0],
-        tokens_per_second=dry_run[1],
-        pass_positions=engine["pass_positions"],
-        checkpointing=engine["checkpointing"],
+        recipe,
+        processes=processes,
+        tokens_per_second=tokens_per_second,
+        pass_positions=positions,
+        checkpointing=checkpointing,
         text=means[0] if means else None,
         motion=means[1] + 1 if means else None,
     )
-    print("\n".join(cost_lines(recipe, chosen, found, longest=means is None)))
+    print("\n".join(cost_lines(name, recipe, found, longest=means is None)))
+
+
+def _wrote(path: Path) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("wrote", path)
 
 
 def evaluator(

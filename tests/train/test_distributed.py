@@ -1,0 +1,220 @@
+"""Several processes over gloo: one process's numbers, sharded checkpoints, and errors that are said once."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kinetok.errors import UserError
+from kinetok.model.decoder import MotionDecoder
+from kinetok.train.distributed import COMPLETE, ManyProcesses, ShardedCheckpoints
+from kinetok.train.scale import train
+from kinetok.train.scale_recipes import ScaleRecipe, with_loop
+
+pytest.importorskip("pyarrow", reason="a clip store has a Parquet index, and pyarrow is not installed")
+pytest.importorskip("tensorboard", reason="training logs to tensorboard, which is not installed")
+
+PROGRAM = """
+import os, pickle, sys, time, torch
+torch.set_num_threads(1)
+from kinetok.errors import UserError
+from kinetok.train import scale
+said = pickle.loads(bytes.fromhex(os.environ["SAID"]))
+plain = scale.PackedTask.loss
+def loss(self, step, rng):
+    if said["slow"]:
+        print("step", step, flush=True)
+        time.sleep(0.2)
+    losses = dict(plain(self, step, rng))
+    if step == said["bad"] and self.processes.rank == 1:
+        losses["loss"] = losses["loss"] * float("nan")
+    return losses
+scale.PackedTask.loss = loss
+try:
+    scale.train(**said["train"])
+except UserError as error:
+    print("kinetok:", error, file=sys.stderr, flush=True)
+    os._exit(2)
+"""
+
+
+@pytest.fixture
+def start(trained_store, processes, tmp_path: Path):
+    """Start processes that train with a recipe in ``tmp_path / run``."""
+
+    def begin(recipe: ScaleRecipe, *, slow: bool = False, bad: int = -1, room: int | None = None, **words):
+        data = {"data": trained_store.store, "tokenizer": trained_store.tokenizer, "out": tmp_path / "run"}
+        said = {"slow": slow, "bad": bad, "train": {"recipe": recipe, **data, **words}}
+        return processes(PROGRAM, 2, room=room, SAID=pickle.dumps(said).hex())
+
+    return begin
+
+
+def losses(run: Path) -> list[tuple[str, int, float]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(one["kind"], one["step"], one["loss"]) for one in lines]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_processes_are_one(trained_store, start, tmp_path: Path, tied: bool) -> None:
+    """FSDP2 over gloo, in several passes with recomputed activations: one process's losses and weights within float
+    tolerance. Then a cut checkpoint, of which the one before takes the place, and the folder of another run."""
+    from kinetok.train.scale import Engine
+
+    recipe = replace(trained_store.recipe, model=replace(trained_store.recipe.model, tie_weights=tied))
+    engine = Engine(pass_positions=90, checkpointing=True)
+    for code, output, errors in start(recipe, engine=engine).end():
+        assert code == 0, output + errors
+    data = {"data": trained_store.store, "tokenizer": trained_store.tokenizer}
+    train(recipe=recipe, out=tmp_path / "one", **data)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "run")
+    assert [a[:2] for a in one] == [a[:2] for a in two] and len(one) == 8
+    np.testing.assert_allclose([a[2] for a in one], [a[2] for a in two], rtol=1e-5)
+    assert one[-1][2] < one[0][2]
+    weights = [torch.load(tmp_path / name / "best.pt", weights_only=True)["model"] for name in ("one", "run")]
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-5)
+    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-00000004", "step-00000006"]  # the last two
+    model = MotionDecoder(recipe.model)
+    model.load_state_dict({name.removeprefix("decoder."): value for name, value in weights[1].items()})
+    assert (tmp_path / "run" / "model" / "kinetok.json").exists()
+
+    part = next(path for path in folders[1].iterdir() if path.suffix == ".distcp")
+    part.write_bytes(part.read_bytes()[:-10])
+    (tmp_path / "run" / "best.pt").unlink()
+    (code, output, errors), _ = start(recipe, resume=True, engine=engine).end()
+    assert code == 0, errors
+    assert "step-00000006 is damaged" in output.replace("\n", "") and "going on from step-00000004" in output
+    resumed = losses(tmp_path / "run")
+    assert resumed[:6] == two[:6]
+    np.testing.assert_allclose([a[2] for a in resumed], [a[2] for a in two], rtol=1e-6)
+
+    if not tied:
+        before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+        first, second = start(with_loop(recipe, seed=5), resume=True).end()
+        assert first[0] == second[0] == 2 and "it differs in seed" in first[2] and first[2].count("\n") == 1
+        assert second[2] == ""  # one process says it
+        assert before == sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+
+
+def test_a_dead_process_is_loud(trained_store, start) -> None:
+    recipe = replace(with_loop(trained_store.recipe, steps=1000, save_every=1000, validate_every=1000), bf16=True)
+    running = start(recipe, slow=True)
+    second = running.all[1]
+    assert second.stdout is not None
+    while "step 2" not in second.stdout.readline():
+        assert second.poll() is None
+    second.send_signal(signal.SIGKILL)
+    code, _, errors = running.end(timeout=120)[0]
+    assert code == 2 and "process 0 of 2 lost another one" in errors and "--resume" in errors
+    assert errors.count("kinetok:") == 1 and "Traceback" not in errors
+
+
+def test_one_process_with_a_bad_loss_stops_all_of_them(trained_store, start, tmp_path: Path) -> None:
+    first, second = start(trained_store.recipe, bad=3).end(timeout=120)
+    assert first[0] == second[0] == 2 and second[2] == ""
+    assert first[2].count("\n") == 1 and "the loss is nan at step 3" in first[2]
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_full_disk_is_said(trained_store, start, tmp_path: Path) -> None:
+    first, second = start(with_loop(trained_store.recipe, validate_every=6), room=24_000).end(timeout=120)
+    assert first[0] == second[0] == 2 and second[2] == "" and first[2].count("\n") == 1
+    assert "cannot write" in first[2] and "step-00000002" in first[2] and "File too large" in first[2]
+    assert not list((tmp_path / "run").glob(f"checkpoints/*/{COMPLETE}"))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardedCheckpoints]:
+    """Those of a group of one process, this one."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    alone = ManyProcesses()
+    with alone.running():
+        yield ShardedCheckpoints(tmp_path, alone)
+
+
+def saved(checkpoints: ShardedCheckpoints, step: int) -> torch.nn.Module:
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    checkpoints.save(module, optimizer, {"step": step, "identity": {"a": 1}, "average": None})
+    return module
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(sharded: ShardedCheckpoints, monkeypatch) -> None:
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    go, write = threading.Event(), FileSystemWriter.write_data
+
+    def late(self, *args):
+        assert go.wait(60)
+        return write(self, *args)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", late)
+    module = saved(sharded, 1)
+    weight = module.weight.detach().clone()
+    assert not sharded.pending[1].done() and not list(sharded.folder.glob(f"*/{COMPLETE}"))
+    with torch.no_grad():
+        module.weight.zero_()  # the training goes on: what is written are the weights of the call
+    go.set()
+    sharded.finish()
+    found = sharded.find(lambda line: None)
+    assert found is not None and found.step == 1
+    other = torch.nn.Linear(3, 2)
+    sharded.load(found, other, torch.optim.AdamW(other.parameters()))
+    assert torch.equal(other.weight, weight)
+
+
+def test_a_checkpoint_that_cannot_be_called_complete(sharded: ShardedCheckpoints, monkeypatch) -> None:
+    saved(sharded, 1)
+    sharded.finish()
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedCheckpoints, "_complete", fails)
+        saved(sharded, 2)
+        with pytest.raises(UserError, match=r"cannot write .*step-00000002: .*No space left on device"):
+            sharded.finish()
+    told: list[str] = []
+    found = sharded.find(told.append)
+    assert found is not None and found.step == 1
+    assert "complete.json is missing: it was never completed" in told[0] and "going on from step-00000001" in told[0]
+
+
+def test_torchrun_from_the_command_line(trained_store, tmp_path: Path) -> None:
+    """The real launcher and the real command; then a run that is not the one in the folder."""
+    words = ["train", "decoder", "--recipe", "smoke", "--steps", "4", "--data", str(trained_store.store)]
+    words += ["--tokenizer", str(trained_store.tokenizer), "--out", str(tmp_path / "run")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kinetok"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "src")
+
+    def torchrun(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [*launch, *words, *more]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    options = ["--checkpointing", "--ema", "0.9", "--clip-norm", "0.5", "--positions", "200", "--resume"]
+    done = torchrun(*options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("wrote ") == 1
+    loop = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["loop"]
+    assert (loop["ema"], loop["clip_norm"], loop["steps"]) == (0.9, 0.5, 4)
+    assert len(losses(tmp_path / "run")) == 5 and (tmp_path / "run" / "model" / "kinetok.json").exists()
+    again = torchrun("--resume")
+    assert again.returncode and again.stderr.count("kinetok: ") == 1 and "it differs in clip_norm, ema" in again.stderr
