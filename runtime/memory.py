@@ -13,7 +13,7 @@ from kinetok.model.presets import decoder_preset
 
 GIGA = 1e9
 # Bytes a weight of the blocks' and the head's products, scales included; the others are in 16 bits (in 32 for fp32).
-PRECISIONS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.01, "int4": 0.54}
+PRECISIONS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.01, "fp8": 1.01, "int4": 0.54}
 OTHERS = 150e6  # the tokenizer in fp32, its buffers, activations
 LADDER = ("7B", "3B", "default")
 DEFAULT = DecoderConfig(n_layer=4, n_head=6, n_embd=192, codebook=15360, text_dim=384, tie_weights=True)

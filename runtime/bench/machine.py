@@ -20,6 +20,12 @@ def _output(*command: str) -> str | None:
     return run.stdout.strip() if run.returncode == 0 else None
 
 
+def gpus() -> list[str]:
+    """Name and driver version of each GPU that nvidia-smi reports, whether or not torch can use it."""
+    found = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    return found.splitlines() if found else []
+
+
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

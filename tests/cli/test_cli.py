@@ -9,6 +9,7 @@ import pytest
 
 from kinetok.motion import Motion
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.runtime.backends import BACKENDS
 
 COMMANDS = (
     "generate",
@@ -21,6 +22,10 @@ COMMANDS = (
     "evaluate",
     "doctor",
     "aot",
+    "bench",
+    "quantize",
+    "data",
+    "verify",
 )
 
 
@@ -94,11 +99,30 @@ def test_doctor(kinetok, monkeypatch):
     assert {"device", "driver", "default_model", "machine"} <= set(report)
     assert report["attention"]["sdpa"] is None and report["backends"]["torch"] is None
     assert {"norm", "linear", "attention"} <= set(report["kernels"])
+    assert set(BACKENDS) <= set(report["backends"]) and report["default_model"]["backend_reason"]
+    assert [set(row["bytes_by_precision"]) for row in report["memory"]["needed"]] == 9 * [
+        {"fp32", "bf16", "int8", "fp8", "int4"}
+    ]
     assert [line.split(" with")[0] for line in report["plan"]] == ["7B in int4", "3B in int8", "default in fp32"]
     assert report["measured"]["copy_gb_per_s"] == 20 and len(report["memory"]["needed"]) == 9
     text = kinetok("doctor", "--characters", "64").out
     assert all(name in text for name in ("torch", "pybvh", "viser", "device", "default model", "copy_gb_per_s 20.0"))
+    assert f"backend of the default model: {report['default_model']['backend']}, " in text
     assert "plan: 3B in int4 with 64" not in text and "plan: default in fp32 with 64 characters" in text
+
+
+def test_doctor_says_why_nothing_runs_on_a_gpu(monkeypatch):
+    from kinetok.cli import doctor
+
+    card = ["NVIDIA H100, 570.1"]
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert "without CUDA" in doctor._no_cuda([]) and "reports no GPU" in doctor._no_cuda([])
+    assert "H100, 570.1, but this torch" in doctor._no_cuda(card)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    assert doctor._no_cuda([]) == "torch finds no CUDA device" and "though" in doctor._no_cuda(card)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert "onnx and onnxruntime" in doctor._backends(None)["onnx"] and doctor._backends(None)["fused"] is None
+    assert "triton is not installed" in doctor._kernels(None)["norm"] and "H100" in doctor._kernels("H100")["norm"]
 
 
 def test_verify_exits_with_one_when_arrays_differ(kinetok, model, tmp_path):

@@ -27,6 +27,7 @@ PACKAGES = {
     "onnxruntime": "the onnx backend, kinetok verify",
     "onnx": "kinetok export",
     "tensorrt-rtx-cu13": "kinetok export tensorrt-rtx",
+    "tensorrt": "kinetok export tensorrt",
     "triton": "GPU kernels",
 }
 
@@ -50,17 +51,24 @@ def doctor(
         print(f"  {name:22} {package['version'] or 'missing':12} {package['for']}")
     for name in ("kernels", "attention", "backends"):
         print(f"{name}:")
-        for one, reason in report[name].items():
-            print(f"  {one:22} {'runs' if reason is None else 'no: ' + reason}")
+        for reason in dict.fromkeys(report[name].values()):
+            ones = ", ".join(one for one, its in report[name].items() if its == reason)
+            print(f"  {ones}: {'runs' if reason is None else f'no, {reason}'}")
+    print(f"backend of the default model: {report['default_model'].get('backend', 'none')}, {_why(report)}")
     print("measured now:", ", ".join(f"{name} {value:.1f}" for name, value in report["measured"].items()))
     free = report["memory"]["free_bytes"]
     print("memory free:", "unknown" if free is None else f"{free / 1e9:.1f} GB")
     print("memory needed, computed, in GB:")
     for row in report["memory"]["needed"]:
-        needs = ", ".join(f"{key} {value / 1e9:.1f}" for key, value in row["bytes_by_precision"].items())
-        print(f"  {row['size']:8} {row['characters']:3} characters: {needs}")
+        needs = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in row["bytes_by_precision"].items())
+        print(f"  {row['size']:8} {row['characters']:3} at once: {needs}")
     print("plan:", "; ".join(report["plan"]) or "nothing fits; free some memory")
     print("default model:", ", ".join(f"{k} {v}" for k, v in report["default_model"].items()))
+
+
+def _why(report: dict[str, Any]) -> str:
+    model = report["default_model"]
+    return model["error"] if "error" in model else model["backend_reason"]
 
 
 def _report(characters: int) -> dict[str, Any]:
@@ -71,7 +79,7 @@ def _report(characters: int) -> dict[str, Any]:
     from kinetok.kernels.attention.backends import attention_backends
     from kinetok.runtime import load, memory
     from kinetok.runtime.bench.clock import copy_bandwidth, matmul_rate, read_bandwidth, this_device
-    from kinetok.runtime.bench.machine import machine
+    from kinetok.runtime.bench.machine import gpus, machine
 
     def version(package: str) -> str | None:
         try:
@@ -84,20 +92,21 @@ def _report(characters: int) -> dict[str, Any]:
     except UserError as error:
         model = {"error": str(error)}
     device = this_device()
-    about = machine(device)
+    about, seen = machine(device), gpus()
+    no_cuda = None if device.type == "cuda" else _no_cuda(seen)
     free = memory.bytes_available(device)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     return {
         "kinetok": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "device": about["device"] if device.type == "cuda" else f"cpu ({about['cpu']}); no CUDA",
-        "driver": about.get("driver_version"),
+        "device": about["device"] if device.type == "cuda" else f"cpu ({about['cpu']}); {no_cuda}",
+        "driver": about.get("driver_version") or (seen[0].rpartition(", ")[2] if seen else None),
         "machine": about,
         "threads": torch.get_num_threads(),
-        "kernels": _kernels(device),
+        "kernels": _kernels(no_cuda),
         "attention": attention_backends(device),
-        "backends": _backends(),
+        "backends": _backends(no_cuda),
         "packages": {name: {"version": version(name), "for": use} for name, use in PACKAGES.items()},
         "measured": {
             "copy_gb_per_s": copy_bandwidth(device) / 1e9,
@@ -121,24 +130,47 @@ def _report(characters: int) -> dict[str, Any]:
     }
 
 
-def _kernels(device: Any) -> dict[str, str | None]:
+def _no_cuda(seen: list[str]) -> str:
+    """Why torch finds no GPU. seen: those that the driver's own tool reports."""
+    import torch
+
+    if torch.version.cuda is not None:
+        return "torch finds no CUDA device" + (f", though nvidia-smi reports {seen[0]}" if seen else "")
+    if seen:
+        return (
+            f"nvidia-smi reports {seen[0]}, but this torch {torch.__version__} was built without CUDA: install one with"
+        )
+    return f"torch {torch.__version__} was built without CUDA, and nvidia-smi reports no GPU"
+
+
+def _kernels(no_cuda: str | None) -> dict[str, str | None]:
     """Each family of kernels, with None where its Triton kernels run here and otherwise why torch's definition does."""
     from kinetok import kernels
 
     families = sorted(path.parent.name for path in Path(kernels.__file__).parent.glob("*/reference.py"))
-    if device.type != "cuda":
-        reason: str | None = "torch finds no CUDA device, so the definition in torch runs"
-    elif importlib.util.find_spec("triton") is None:
+    reason = no_cuda and f"{no_cuda}; the definition in torch runs"
+    if reason is None and importlib.util.find_spec("triton") is None:
         reason = "the package triton is not installed: pip install 'kinetok[gpu]'"
-    else:
-        reason = None
     return dict.fromkeys(families, reason)
 
 
-def _backends() -> dict[str, str | None]:
+def _backends(no_cuda: str | None) -> dict[str, str | None]:
     """What can compute logits, with None where it runs here and otherwise the reason."""
-    absent = {
-        name: None if importlib.util.find_spec(name) else f"the package {name} is not installed"
-        for name in ("onnxruntime", "tensorrt")
+    from kinetok.errors import UserError
+    from kinetok.runtime.backends import BACKENDS
+    from kinetok.runtime.engines import LIBRARIES, library
+
+    absent = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+    found: dict[str, str | None] = {
+        "torch": None,
+        "fused": no_cuda and f"{no_cuda}; a CPU runs the definitions of its kernels, slowly, for tests",
+        "onnx": f"{' and '.join(absent)} not installed: pip install 'kinetok[onnx]'" if absent else None,
+        "onnx:DIR": "onnxruntime not installed: pip install 'kinetok[onnx]'" if "onnxruntime" in absent else None,
     }
-    return {"torch": None, "onnx": absent["onnxruntime"], "tensorrt": absent["tensorrt"]}
+    for kind in LIBRARIES if "tensorrt" in BACKENDS else ():
+        try:
+            library(kind, f"the backend {kind}")
+            found[kind] = no_cuda
+        except UserError as error:
+            found[kind] = str(error)
+    return found
