@@ -1,7 +1,10 @@
-"""The small random model and the rules of the soak command, benchmarks/runtime/soak_crowd.py; folders of engines."""
+"""Scripts as modules, folders of engines, and what builds runtime/cpp."""
 
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +18,25 @@ from kinetok.runtime.bundle import file_digest
 from kinetok.runtime.engines import ENGINES, FORMAT, VERSION
 
 
-@pytest.fixture(scope="session")
-def soak() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "runtime" / "soak_crowd.py"
-    spec = importlib.util.spec_from_file_location("soak_crowd", path)
+def _script(path: str) -> ModuleType:
+    """A script of the repository as a module."""
+    file = Path(__file__).parents[2] / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["soak_crowd"] = module  # dataclasses look their module up
+    sys.modules[file.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str], ModuleType]:
+    return _script
+
+
+@pytest.fixture(scope="session")
+def soak() -> ModuleType:
+    return _script("benchmarks/runtime/soak_crowd.py")
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +71,48 @@ def engine_folder() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+class Cpp:
+    """runtime/cpp on this machine: its sources, how to run programs, and the library of ONNX Runtime."""
+
+    source = Path(__file__).resolve().parents[2] / "runtime" / "cpp"
+
+    def __init__(self) -> None:
+        import onnxruntime
+
+        self.onnxruntime = next((Path(onnxruntime.__file__).parent / "capi").glob("*onnxruntime.so.*"))
+        self.environment = {
+            **os.environ,
+            "KINETOK_ONNXRUNTIME": str(self.onnxruntime),
+            "ORT_DISABLE_TELEMETRY": "1",
+            # ONNX Runtime keeps what it has until the process ends.
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        }
+
+    def run(self, *command: object, data: bytes | None = None, code: int = 0, **environment: str) -> str:
+        """What a program says on its standard output, or all it says where it should end with another code than 0."""
+        words, names = [str(word) for word in command], {**self.environment, **environment}
+        done = subprocess.run(words, input=data, capture_output=True, env=names)
+        said = done.stdout.decode() + done.stderr.decode()
+        assert done.returncode == code, f"{words[0]}: exit code {done.returncode}\n{said[-4000:]}"
+        return said if code else done.stdout.decode()
+
+    def build(self, folder: Path, *targets: str, source: Path | None = None, **options: object) -> Path:
+        """Configure with -DNAME=VALUE and build."""
+        given = [f"-D{name}={value}" for name, value in options.items()]
+        self.run("cmake", "-S", source or self.source, "-B", folder, *given)
+        self.run("cmake", "--build", folder, "--parallel", "2", *(["--target", *targets] if targets else []))
+        return folder
+
+
+@pytest.fixture(scope="session")
+def cpp() -> Cpp:
+    for program in ("cmake", os.environ.get("CXX", "c++")):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    for package in ("onnx", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed: pip install 'kinetok[onnx]'")
+    return Cpp()
