@@ -49,32 +49,36 @@ def pack(items: Sequence[tuple[Tensor, Tensor]], config: DecoderConfig) -> Packe
     """
     if not items:
         raise UserError("expected at least one sequence to pack, got none")
-    tokens, targets, places = [], [], []
-    text_lengths = torch.tensor([len(features) for features, _ in items])
-    lengths = text_lengths + torch.tensor([len(motion) + 1 for _, motion in items])
-    longest = int(lengths.max())
+    texts, motions = zip(*items, strict=True)
+    text_lengths, counts = (torch.tensor([len(part) for part in parts]) for parts in (texts, motions))
+    return pack_rows(torch.cat(texts), text_lengths, torch.cat(motions), counts, config)
+
+
+def pack_rows(text: Tensor, text_lengths: Tensor, motion: Tensor, counts: Tensor, config: DecoderConfig) -> PackedBatch:
+    """``pack`` of clips that follow each other: ``text [M, D]`` and ``motion [K]``, of each ``text_lengths [B]`` features
+    and ``counts [B]`` tokens."""
+    lengths = text_lengths + counts + 1
+    longest, total = int(lengths.max()), int(lengths.sum())
     if longest > config.block_size or int(text_lengths.min()) < 1:
         raise UserError(
             f"expected 1 text feature or more and at most {config.block_size} positions a sequence, "
             f"got {int(text_lengths.min())} and {longest}"
         )
-    start = 0
-    for features, motion in items:
-        text = len(features)
-        row = torch.cat((motion.new_full((text,), config.pad_id), motion, motion.new_tensor([config.end_id])))
-        target = torch.full_like(row, IGNORED)
-        target[text - 1 : -1] = row[text:]
-        tokens.append(row)
-        targets.append(target)
-        places.append(torch.arange(start, start + text))
-        start += len(row)
-    rows = torch.repeat_interleave(torch.arange(len(items)), lengths)
-    at = torch.arange(start) - (lengths.cumsum(0) - lengths)[rows]
+    rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    at = torch.arange(total) - (lengths.cumsum(0) - lengths)[rows]
+    is_text = at < text_lengths[rows]
+    is_end = at == lengths[rows] - 1
+    tokens = torch.full((total,), config.pad_id)
+    tokens[~(is_text | is_end)] = motion
+    tokens[is_end] = config.end_id
+    # Each position from the last of the text on predicts the next one.
+    predicts = (at >= text_lengths[rows] - 1) & ~is_end
+    targets = torch.where(predicts, tokens.roll(-1), IGNORED)
     return PackedBatch(
-        tokens=torch.cat(tokens),
-        targets=torch.cat(targets),
-        text=torch.cat([features for features, _ in items]),
-        text_at=torch.cat(places),
+        tokens=tokens,
+        targets=targets,
+        text=text,
+        text_at=is_text.nonzero()[:, 0],
         slot=rows * longest + at,
         at=at,
         text_lengths=text_lengths,

@@ -1,21 +1,25 @@
 """Importing many clips, and drawing them again: ``python benchmarks/train/bench_import.py --clips 200000 --json FILE``.
 
 The source is MotionMillion's layout: folders of 500 clips of 30 frames, 32.8 kB each, with their captions, all of them links
-to one folder, so that the source takes no room. The import runs in processes of its own, of a fiftieth of the clips and of
-all, whose peak memory is compared; from the smaller store one process draws training items (tokens and text features; windows
-of 30 frames) as the trainings do.
+to one folder, so that the source takes no room. A quarter of the clips and all of them are imported, each by a process of
+its own, whose peak memory is compared. From the smaller store the trainings' steps are drawn (packed tokens and text
+features of a 2,048 wide encoder, as a process of forty of the 7B's recipe takes them; and windows, which the tokenizer
+takes), by the training process itself and by workers.
+
+Beside the samples a second of a worker stands what a GPU of each recipe takes at the speed that we aim at, 46 % of the 989
+TFLOP/s of an H100 in bf16: a bound by arithmetic, not a measurement.
 """
 
 import argparse
 import json
 import random
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +31,18 @@ from kinetok.model.config import TokenizerConfig
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.runtime.bench.machine import machine
 from kinetok.train.data import sequences
+from kinetok.train.data.loading import load
 from kinetok.train.data.shard_import import import_shards, summary
 from kinetok.train.data.shards import SHARDS, ClipStore
 from kinetok.train.decoder import load_tokenizer
-from kinetok.train.scale_recipes import scale_recipe
+from kinetok.train.feed import Feed
+from kinetok.train.scale_recipes import scale_recipe, step_flop
 
 DIFFERENT, FRAMES = 500, 30
 TOKENIZER = TokenizerConfig(nb_code=256, code_dim=8, width=8, depth=1)
+PROCESSES, POSITIONS = 40, 16_384
+TEXT, MOTION = 24, 91  # features and tokens (with the end) of a mean clip of 2 to 10 s, as bench_train.py has them
+GOAL, PEAK = 0.46, 989e12
 
 
 def make_source(folder: Path, clips: int) -> None:
@@ -56,42 +65,50 @@ def make_source(folder: Path, clips: int) -> None:
         (lists / f"{split}.txt").write_text("\n".join(given) + "\n")
 
 
+def peak_mb() -> float:
+    """The most memory that this program has held; unlike getrusage's, not that of the process that started it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
 def child(source: Path, out: Path) -> None:
     """The import alone, for its time and peak memory."""
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    began = time.perf_counter()
+    before = peak_mb()
+    began, began_cpu = time.perf_counter(), time.process_time()
     report = summary(import_shards(source, out))
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    result = {
-        "clips": report["clips"],
-        "left_out": report["left_out"],
-        "shards": report["shards"],
-        "seconds": time.perf_counter() - began,
-        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "memory_before_mb": before.ru_maxrss / 1024,
-        "peak_memory_mb": after.ru_maxrss / 1024,
-    }
-    print(json.dumps(result))
+    result = {name: report[name] for name in ("clips", "left_out", "shards")}
+    result |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - began_cpu}
+    print(json.dumps({**result, "memory_before_mb": before, "peak_memory_mb": peak_mb()}))
 
 
 def imported(folder: Path, clips: int) -> dict[str, Any]:
     source = folder / f"source{clips}"
     make_source(source, clips)
     command = [sys.executable, __file__, "--child", str(source), str(folder / f"store{clips}")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     shutil.rmtree(source)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 class Encoder:
-    dim, name = 384, "synthetic"
+    dim, name = 2048, "synthetic"
 
     def encode(self, texts: Any) -> list[torch.Tensor]:
-        return [torch.zeros(12, self.dim) for _ in texts]
+        return [torch.zeros(8 + sum(text.encode()) % 33, self.dim) for text in texts]
+
+
+def rate(steps: Iterator[Any], samples: int, seconds: float) -> float:
+    """Samples a second; the first steps, in which workers start, do not count."""
+    for _ in range(5):
+        next(steps)
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        next(steps)
+        count += samples
+    return count / (time.perf_counter() - began)
 
 
 def loading(folder: Path, store: Path, seconds: float) -> dict[str, Any]:
-    """Samples a second of one process: items of the decoder's training, windows of the tokenizer's."""
     torch.manual_seed(0)
     state = {"config": asdict(TOKENIZER), "model": MotionTokenizer(TOKENIZER).state_dict()}
     path = folder / "tokenizer.pt"
@@ -103,34 +120,44 @@ def loading(folder: Path, store: Path, seconds: float) -> dict[str, Any]:
     sequences.text_encoder = lambda spec: Encoder()  # type: ignore[assignment,return-value]
     sequences.write_text(clips, {"type": "none"})
     data = sequences.Sequences(store, tokenizer=path)
-    rng = np.random.default_rng(0)
-    pick = random.Random(0)
+    recipe = replace(scale_recipe("motionmillion-7b"), min_tokens=1)
+    feed = Feed(recipe, data, np.flatnonzero(data.splits == "train"), pass_positions=POSITIONS, world=PROCESSES)
+    windows = recipe.batch // PROCESSES
 
-    def item() -> None:
-        clip = pick.randrange(len(data.lengths))
-        data.tokens(clip)
-        data.text(int(data.caption(np.array([clip]), rng.random(1))[0]))
+    def window(step: int) -> torch.Tensor:
+        pick = random.Random(step)
+        return torch.stack([torch.from_numpy(clips.read(pick.randrange(len(clips)))) for _ in range(windows)])
 
-    rates = {}
-    for name, call in (("sequences", item), ("windows", lambda: clips.read(pick.randrange(len(clips))))):
-        count, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            for _ in range(100):
-                call()
-            count += 100
-        rates[f"{name}_per_second"] = count / (time.perf_counter() - began)
-    recipe = scale_recipe("motionmillion-7b")
-    return {
-        **rates,
-        "tokens_seconds": tokens_seconds,
-        "demand_sequences_per_step": recipe.batch,
-        "demand_sequences_per_step_and_process": recipe.batch / 40,
-        "steps_per_second_that_one_worker_feeds": rates["sequences_per_second"] / (recipe.batch / 40),
-    }
+    rates = []
+    for workers in (0, 1, 2):
+        each = max(1, workers)
+        made = rate(load(feed.step, 0, 10**9, workers), windows, seconds)
+        read = rate(load(window, 0, 10**9, workers), windows, seconds)
+        rates.append(
+            {
+                "workers": workers,
+                "sequences_per_second": made,
+                "sequences_per_second_and_worker": made / each,
+                "windows_per_second": read,
+                "windows_per_second_and_worker": read / each,
+            }
+        )
+    demands = []
+    for size in ("44m", "111m", "343m", "775m", "1b", "3b", "7b"):
+        chosen = scale_recipe(f"motionmillion-{size}")
+        demand = GOAL * PEAK / step_flop(chosen.model, 1, TEXT, MOTION)
+        demands.append(
+            {
+                "recipe": f"motionmillion-{size}",
+                "sequences_per_second_and_gpu": demand,
+                "workers_per_gpu": demand / rates[1]["sequences_per_second"],
+            }
+        )
+    return {"tokens_seconds": tokens_seconds, "rates": rates, "demand_at_46_percent_of_989_tflops": demands}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=200_000)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each loader")
     parser.add_argument("--json", type=Path)
@@ -143,26 +170,22 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        few = imported(folder, options.clips // 50)
-        print(json.dumps(few), flush=True)
-        loaded = loading(folder, folder / f"store{options.clips // 50}", options.seconds)
-        print(json.dumps(loaded), flush=True)
-        shutil.rmtree(folder / f"store{options.clips // 50}")
-        all_of_them = imported(folder, options.clips)
+        quarter = imported(folder, options.clips // 4)
+        print(json.dumps(quarter), flush=True)
+        loaded = loading(folder, folder / f"store{options.clips // 4}", options.seconds)
+        print(json.dumps(loaded, indent=1), flush=True)
+        shutil.rmtree(folder / f"store{options.clips // 4}")
+        every = imported(folder, options.clips)
         store = folder / f"store{options.clips}"
-        size = sum(path.stat().st_size for path in (store / SHARDS).iterdir())
         result = {
             "machine": machine(torch.device("cpu")),
             "frames_per_clip": FRAMES,
-            "fiftieth": few,
-            "all": all_of_them,
-            "clips_per_second": all_of_them["clips"] / all_of_them["seconds"],
-            "clips_per_cpu_second": all_of_them["clips"] / all_of_them["cpu_seconds"],
-            "memory_growth_mb": all_of_them["peak_memory_mb"] - few["peak_memory_mb"],
-            "bytes_per_clip_of_growth": (all_of_them["peak_memory_mb"] - few["peak_memory_mb"])
-            * 2**20
-            / (options.clips * 0.98),
-            "shard_bytes": size,
+            "quarter": quarter,
+            "all": every,
+            "clips_per_second": every["clips"] / every["seconds"],
+            "clips_per_cpu_second": every["clips"] / every["cpu_seconds"],
+            "memory_growth_mb": every["peak_memory_mb"] - quarter["peak_memory_mb"],
+            "shard_bytes": sum(path.stat().st_size for path in (store / SHARDS).iterdir()),
             "loading": loaded,
         }
     print(json.dumps(result, indent=1))

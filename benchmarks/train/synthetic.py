@@ -28,3 +28,15 @@ class SyntheticSequences:
 
     def text(self, caption: int) -> Tensor:
         return torch.from_numpy(self._text[: self.text_lengths[caption]])
+
+    def rows(
+        self,
+        captions: NDArray[np.int64],
+        text_lengths: NDArray[np.int64],
+        clips: NDArray[np.int64],
+        first: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> tuple[Tensor, Tensor]:
+        text = [self._text[:count] for count in text_lengths]
+        tokens = [self._tokens[clip, at : at + count] for clip, at, count in zip(clips, first, counts, strict=True)]
+        return torch.from_numpy(np.concatenate(text)), torch.from_numpy(np.concatenate(tokens))

@@ -91,6 +91,15 @@ def test_tokens_and_text_are_made_once(folder: Path, tokenizer: MotionTokenizer,
             text = store.captions(clip)[place]
             assert data.caption_text(row) == text and len(data.text(row)) == data.text_lengths[row] == len(text)
             assert float(data.text(row)[0, 0]) == len(text)
+    clips, captions, firsts, counts = (
+        np.array([7, 0, 24]),
+        np.array([3, 0, 3]),
+        np.array([1, 0, 2]),
+        np.array([4, 9, 0]),
+    )
+    text, tokens = data.rows(captions, np.array([5, 1, 14]), clips, firsts, counts)
+    assert torch.equal(text, torch.cat([data.text(3)[:5], data.text(0)[:1], data.text(3)[:14]]).half())
+    assert torch.equal(tokens, torch.cat([data.tokens(7)[1:5], data.tokens(0)[:9]]))
     train = store.splits == "train"
     lengths = [len(text) for captions in store.all_captions() for text in captions]
     assert mean_lengths(folder / "store", 20, 1, 99) == (np.minimum(lengths, 20).mean(), data.lengths[train].mean())

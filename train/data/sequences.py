@@ -267,10 +267,29 @@ class Sequences:
         """Features fp32 ``[L, text_dim]`` of one of the different captions."""
         return torch.from_numpy(self._text[self._rows[caption] : self._rows[caption + 1]].astype(np.float32))
 
+    def rows(
+        self,
+        captions: NDArray[np.int64],
+        text_lengths: NDArray[np.int64],
+        clips: NDArray[np.int64],
+        first: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> tuple[Tensor, Tensor]:
+        """The first ``text_lengths`` features of captions, one after another, in the 16 bits in which they are stored:
+        fp16 ``[M, text_dim]``; and ``counts`` tokens of clips from the token ``first`` on, int64 ``[K]``."""
+        text = self._text[_stretches(self._rows[captions], text_lengths)]
+        tokens = self._tokens[_stretches(self._offsets[clips] + first, counts)]
+        return torch.from_numpy(text), torch.from_numpy(tokens.astype(np.int64))
+
     def caption_text(self, caption: int) -> str:
         at = int(np.flatnonzero(self._numbers == caption)[0])
         clip = int(np.searchsorted(self._starts, at, side="right")) - 1
         return self.store.captions(clip)[at - int(self._starts[clip])]
+
+
+def _stretches(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers of ``counts`` rows from each start on, one stretch after another."""
+    return np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 
 def _mapped(path: Path, dtype: Any, count: int) -> NDArray:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import tarfile
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,7 +149,8 @@ class ClipStore:
         groups = [self._parquet.metadata.row_group(at).num_rows for at in range(self._parquet.num_row_groups)]
         self._ends = np.cumsum(groups, dtype=np.int64)
         self._said: tuple[int, list[dict[str, Any]]] | None = None
-        self._files: OrderedDict[int, io.BufferedReader] = OrderedDict()
+        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()  # workers share the open files
         self._check()
 
     def __len__(self) -> int:
@@ -203,9 +205,10 @@ class ClipStore:
     def row(self, clip: int) -> dict[str, Any]:
         """What the index says of a clip: {id, split, label, captions, flips}."""
         group = int(np.searchsorted(self._ends, clip, side="right"))
-        if self._said is None or self._said[0] != group:
-            self._said = group, self._group(group, ["id", "split", "label", "captions", "flips"])
-        return self._said[1][clip - int(self._ends[group - 1] if group else 0)]
+        said = self._said
+        if said is None or said[0] != group:
+            self._said = said = group, self._group(group, ["id", "split", "label", "captions", "flips"])
+        return said[1][clip - int(self._ends[group - 1] if group else 0)]
 
     def _group(self, group: int, columns: Sequence[str]) -> list[dict[str, Any]]:
         arrow = need_pyarrow()
@@ -232,7 +235,8 @@ class ClipStore:
         """The features float32 ``[T, 272]`` of clip number ``clip``. ``UserError`` where its bytes are something else."""
         number, size = int(self.shard[clip]), int(self.bytes[clip])
         try:
-            content = os.pread(self._file(number).fileno(), size, int(self.offset[clip]))
+            file = self._file(number)
+            content = os.pread(file.handle, size, int(self.offset[clip]))
             if zlib.crc32(content) != self.crc[clip]:
                 raise UserError("the bytes have changed (their checksum is another)")
             features = read_features(content)
@@ -245,10 +249,23 @@ class ClipStore:
             ) from error
         return features.copy()  # one that may be written to
 
-    def _file(self, number: int) -> io.BufferedReader:
-        if number not in self._files:
-            if len(self._files) == OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-            self._files[number] = (self.folder / SHARDS / self.shards[number][0]).open("rb")
-        self._files.move_to_end(number)
-        return self._files[number]
+    def _file(self, number: int) -> "_OpenFile":
+        with self._lock:
+            if number not in self._files:
+                if len(self._files) == OPEN_FILES:
+                    self._files.popitem(last=False)
+                self._files[number] = _OpenFile(self.folder / SHARDS / self.shards[number][0])
+            self._files.move_to_end(number)
+            return self._files[number]
+
+
+class _OpenFile:
+    """Closed when nobody reads from it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = -1
+        self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
