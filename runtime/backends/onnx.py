@@ -1,8 +1,8 @@
 """ONNX Runtime on a bundle's graphs (docs/bundle.md): no copy of the cache in any step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
-from itertools import pairwise
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from kinetok.errors import UserError, missing_package
 from kinetok.model.decoder import MotionDecoder
+from kinetok.runtime.backends.graphs import Cache, CacheShape, GraphBackend, Run, SlotSteps
 from kinetok.runtime.backends.torch import TorchBackend
 from kinetok.runtime.bundle import Bundle
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-TRIAL_ROWS = 16
 ONE_THREAD = 20_000_000  # parameters
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -61,168 +61,46 @@ def _session(
         raise UserError(f"{name}: onnxruntime cannot load it: {detail}") from error
 
 
-class _Call:
+def bound(session: Any, tensors: Mapping[str, Tensor]) -> Run:
     """A session with its inputs and outputs bound to tensors once; running it moves no memory of theirs."""
-
-    def __init__(self, session: Any, tensors: dict[str, Tensor]) -> None:
-        self.session, self.binding = session, session.io_binding()
-        self.tensors = tensors  # kept alive
-        for kind, bind in (
-            (session.get_inputs(), self.binding.bind_input),
-            (session.get_outputs(), self.binding.bind_output),
-        ):
-            for value in kind:
-                tensor = tensors[value.name]
-                assert tensor.is_contiguous()
-                element = torch.empty(0, dtype=tensor.dtype).numpy().dtype
-                place = tensor.device.type, tensor.device.index or 0
-                bind(value.name, *place, element, list(tensor.shape), tensor.data_ptr())
-
-    def run(self) -> None:
-        self.session.run_with_iobinding(self.binding)
-
-
-class _Step:
-    """The decode graph over a cache: one token for any of its slots.
-
-    slots: the keys and values of neighbouring slots from one to before another, ``[layers][2]`` of ``[n, H, capacity, hd]``,
-    which the graph reads and writes in place. Neighbours go through the graph together where that leaves a slot's bits
-    alone, which the kernels of a CPU decide: a trial compares rows together with rows alone. Where they differ, each slot
-    is a call of its own (``batched`` is False).
-    """
-
-    def __init__(self, session: Any, slots: int, classes: int, cache: Callable[[int, int], list[list[Tensor]]]) -> None:
-        self.cache, self.session = cache, session
-        device = cache(0, 1)[0][0].device
-        self.lengths = [0] * slots
-        self.tokens = torch.zeros(slots, 1, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(slots, 1, dtype=torch.int64, device=device)
-        self.logits = torch.zeros(slots, classes, device=device)
-        self.calls: dict[tuple[int, int], _Call] = {}
-        self.batched = self._rows_agree()
-
-    def run(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """A token for each of these different slots; the logits are left in ``logits``."""
-        order = sorted(range(len(slots)), key=slots.__getitem__)
-        inside = [slots[at] for at in order]
-        breaks = [at + 1 for at, (a, b) in enumerate(pairwise(inside)) if b != a + 1 or not self.batched]
-        for first, last in pairwise([0, *breaks, len(order)]) if order else ():
-            self._neighbours(inside[first], [tokens[at] for at in order[first:last]])
-
-    def _neighbours(self, start: int, tokens: list[int]) -> None:
-        stop = start + len(tokens)
-        if (start, stop) not in self.calls:
-            self.calls[start, stop] = _Call(
-                self.session,
-                {
-                    "input_ids": self.tokens[start:stop],
-                    "position_ids": self.positions[start:stop],
-                    "logits": self.logits[start:stop],
-                    **named(self.cache(start, stop)),
-                },
+    binding = session.io_binding()
+    for kind, bind in (
+        (session.get_inputs(), binding.bind_input),
+        (session.get_outputs(), binding.bind_output),
+    ):
+        for value in kind:
+            tensor = tensors[value.name]
+            assert tensor.is_contiguous()
+            element = torch.empty(0, dtype=tensor.dtype).numpy().dtype
+            bind(
+                value.name, tensor.device.type, tensor.device.index or 0, element, list(tensor.shape), tensor.data_ptr()
             )
-        self.tokens[start:stop, 0] = torch.tensor(tokens)
-        self.positions[start:stop, 0] = torch.tensor(self.lengths[start:stop])
-        self.calls[start, stop].run()
-        for slot in range(start, stop):
-            self.lengths[slot] += 1
 
-    def _rows_agree(self) -> bool:
-        slots = len(self.lengths)
-        capacity = self.cache(0, 1)[0][0].shape[2]
-        rows = min(slots, TRIAL_ROWS)
-        tokens = list(range(rows))
-        results = []
-        for group in sorted({1, min(2, rows), min(5, rows), rows}):
-            self.lengths = [0] * slots
-            for _ in range(min(2, capacity)):  # the second token sees the first one's keys
-                for first in range(0, rows, group):
-                    self._neighbours(first, tokens[first : first + group])
-            results.append(self.logits[:rows].clone())
-        self.lengths = [0] * slots
-        return all(torch.equal(results[0], other) for other in results[1:])
+    def run() -> None:
+        assert tensors  # which it keeps alive
+        session.run_with_iobinding(binding)
+
+    return run
 
 
-def named(cache: list[list[Tensor]]) -> dict[str, Tensor]:
-    """The cache of neighbouring slots as a graph's inputs and, in the same memory, outputs."""
-    return {
-        f"{side}.{layer}.{kind}": tensor
-        for layer, parts in enumerate(cache)
-        for kind, tensor in zip(("key", "value"), parts, strict=True)
-        for side in ("past_key_values", "present")
-    }
-
-
-class OnnxBackend:
-    """``Backend`` on a bundle; one slab ``[layers, 2, slots, H, capacity, hd]`` that both graphs write into in place."""
+class OnnxBackend(GraphBackend):
+    """``Backend`` on a bundle."""
 
     def __init__(self, bundle: Bundle, slots: int, capacity: int, device: str | torch.device = "cpu") -> None:
-        self.bundle, self.slots, self.capacity, self.device = bundle, slots, capacity, torch.device(device)
+        self.bundle, place = bundle, torch.device(device)
         sizes = {
             name: bundle.number("decoder", name) for name in ("layers", "heads", "head_dim", "positions", "logits")
         }
-        if slots < 1 or not 0 < capacity <= sizes["positions"]:
-            raise UserError(
-                f"expected at least one slot and 1 to {sizes['positions']} positions, got {slots} and {capacity}"
-            )
+        if capacity > sizes["positions"]:
+            raise UserError(f"expected 1 to {sizes['positions']} positions, got {capacity}")
         kv = bundle.manifest.get("kv_dtype")
         if kv not in _DTYPES:
             raise UserError(f"{bundle.directory}: expected kv_dtype to be one of {list(_DTYPES)}, got {kv!r}")
-        self._prefill = open_session(bundle, "prefill", self.device)
-        shape = (sizes["layers"], 2, slots, sizes["heads"], capacity, sizes["head_dim"])
-        self.slab = torch.zeros(shape, dtype=_DTYPES[kv], device=self.device)
-        self._step = _Step(open_session(bundle, "decode", self.device), slots, sizes["logits"], self._cache)
-        self.slab.zero_()
-
-    @property
-    def lengths(self) -> list[int]:
-        """Positions that each slot holds."""
-        return self._step.lengths
-
-    @property
-    def batched(self) -> bool:
-        """Whether neighbouring slots go through the graph together."""
-        return self._step.batched
-
-    def prefill(self, slot: int, text: Tensor, tokens: Sequence[int] = ()) -> Tensor:
-        length = len(text) + len(tokens)
-        if not len(text) or length > self.capacity:
-            raise UserError(
-                f"expected 1 to {self.capacity} positions of text and motion, text among them, got {len(text)} of text "
-                f"and {len(tokens)} of motion"
-            )
-        features = text.detach().to(self.device, torch.float32).contiguous()[None]
-        logits = self._step.logits
-        call = _Call(
-            self._prefill,
-            {
-                "text_features": features,
-                "text_lengths": torch.tensor([len(text)], device=self.device),
-                "logits": logits[slot : slot + 1],
-                **named(self._cache(slot, slot + 1)),
-            },
+        shape = CacheShape(
+            layers=sizes["layers"], heads=sizes["heads"], length=capacity, head_dim=sizes["head_dim"], dtype=_DTYPES[kv]
         )
-        # What is masked still counts as zero times its value: an earlier row's NaN must not come back.
-        self.slab[:, :, slot] = 0
-        call.run()
-        self.lengths[slot] = len(text)
-        for token in tokens:
-            self._step.run([slot], [token])
-        return logits[slot].clone()
-
-    def decode(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
-        if max((self.lengths[slot] for slot in slots), default=0) >= self.capacity:
-            raise UserError(f"a slot holds {self.capacity} positions and is full")
-        self._step.run(slots, tokens.tolist())
-        return self._step.logits[list(slots)]
-
-    def copy(self, source: int, target: int) -> None:
-        length = self.lengths[source]
-        self.slab[:, :, target, :, :length] = self.slab[:, :, source, :, :length]
-        self.lengths[target] = length
-
-    def _cache(self, start: int, stop: int) -> list[list[Tensor]]:
-        return [[part[start:stop] for part in layer] for layer in self.slab]
+        prefill, decode = (partial(bound, open_session(bundle, name, place)) for name in ("prefill", "decode"))
+        super().__init__(shape, slots, capacity, sizes["logits"], place, prefill, decode)
 
 
 class LiveOnnxBackend(TorchBackend):
@@ -240,7 +118,8 @@ class LiveOnnxBackend(TorchBackend):
                 "backend onnx: expected plain fp32 weights on a CPU; make a bundle with kinetok export onnx MODEL --out DIR, "
                 "and name it as onnx:DIR"
             )
-        self._step = _Step(_live_session(decoder), slots, decoder.config.head_rows, self._cache)
+        bind = partial(bound, _live_session(decoder))
+        self._step = SlotSteps(bind, slots, capacity, decoder.config.head_rows, self._cache)
         self.slab.zero_()
         self.lengths = self._step.lengths
 
@@ -252,12 +131,9 @@ class LiveOnnxBackend(TorchBackend):
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
-        if max((self.lengths[slot] for slot in slots), default=0) >= self.capacity:
-            raise UserError(f"a slot holds {self.capacity} positions and is full")
-        self._step.run(slots, tokens.tolist())
-        return self._step.logits[list(slots)]
+        return self._step.decode(slots, tokens)
 
-    def _cache(self, start: int, stop: int) -> list[list[Tensor]]:
+    def _cache(self, start: int, stop: int) -> Cache:
         return [[part[start:stop] for part in layer] for layer in self.slab.unbind(1)]
 
 
