@@ -35,6 +35,11 @@ class PackedBatch:
     lengths: Tensor
     longest: int
 
+    @property
+    def targets_counted(self) -> int:
+        """How many positions predict something: a sequence's tokens and its end."""
+        return int((self.lengths - self.text_lengths).sum())
+
     def to(self, device: torch.device) -> "PackedBatch":
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "longest"

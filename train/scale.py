@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kinetok.errors import UserError
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.pretrained import save_pretrained
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.train.data.loading import Steps
 from kinetok.train.data.sequences import Sequences
 from kinetok.train.decoder import load_tokenizer
+from kinetok.train.feed import Draw, Feed
 from kinetok.train.loop import OneProcess, fit
-from kinetok.train.packing import PackedDecoder, fill, pack
+from kinetok.train.packing import PackedBatch, PackedDecoder, fill
 from kinetok.train.samples import Samples
 from kinetok.train.scale_recipes import ScaleRecipe
 
@@ -39,16 +40,6 @@ class Engine:
     def __post_init__(self) -> None:
         if self.pass_positions < 1:
             raise UserError(f"expected positions of a pass above 0, got {self.pass_positions}")
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """The clips of one step over all processes, int64 ``[B]`` each: clip, caption, first token and how many."""
-
-    clips: NDArray[np.int64]
-    captions: NDArray[np.int64]
-    first: NDArray[np.int64]
-    count: NDArray[np.int64]
 
 
 class PackedTask:
@@ -73,6 +64,15 @@ class PackedTask:
                 f"in batches of {recipe.batch}"
             )
         self.held_out = self.held_out[:HELD_OUT]
+        self.feed = Feed(
+            recipe,
+            data,
+            self.train,
+            pass_positions=self.engine.pass_positions,
+            rank=processes.rank,
+            world=processes.world,
+        )
+        self._steps = Steps(self.feed.step, recipe.loop.steps)
         torch.manual_seed(recipe.loop.seed)
         with torch.device("meta"):
             self.packed = PackedDecoder(MotionDecoder(recipe.model), checkpointing=self.engine.checkpointing)
@@ -85,54 +85,28 @@ class PackedTask:
     def module(self) -> nn.Module:
         return self.packed
 
-    def draw(self, rng: np.random.Generator) -> Draw:
-        """The same in every process."""
-        recipe, data = self.recipe, self.data
-        clips = self.train[rng.integers(len(self.train), size=recipe.batch)]
-        captions = data.caption(clips, rng.random(recipe.batch))
-        shorter = (rng.random(recipe.batch) < recipe.shorten) & (data.lengths[clips] > 1)
-        head = rng.random(recipe.batch) < 0.5
-        return Draw(clips, captions, (shorter & head).astype(np.int64), data.lengths[clips] - shorter)
-
-    def _items(self, draw: Draw, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        items = []
-        for row in rows:
-            first = int(draw.first[row])
-            motion = self.data.tokens(int(draw.clips[row]))[first : first + int(draw.count[row])]
-            items.append((self.data.text(int(draw.captions[row]))[: self.recipe.max_text], motion))
-        return items
-
-    def _passes(self, draw: Draw) -> int:
-        """How many passes a step takes, the same in every process, as all gather weights together."""
-        positions = self._positions(draw)
-        world = self.processes.world
-        most = max(int(positions[rank::world].sum()) for rank in range(world))
-        return max(1, min(-(-most // self.engine.pass_positions), self.recipe.batch // world))
-
     def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
-        draw = self.draw(rng)
-        losses = self.passes(draw)
-        return {**losses, "tokens": torch.tensor(float(self._positions(draw).sum()), device=self.processes.device)}
+        draw, batches = self._steps(step)
+        losses = self.passes(draw, batches)
+        tokens = float(self.feed.positions(draw).sum())
+        return {**losses, "tokens": torch.tensor(tokens, device=self.processes.device)}
 
-    def _positions(self, draw: Draw) -> NDArray[np.int64]:
-        """Text, tokens and end of each clip of a step."""
-        return np.minimum(self.data.text_lengths[draw.captions], self.recipe.max_text) + draw.count + 1
-
-    def passes(self, draw: Draw, told: Callable[[str], None] = lambda part: None) -> Mapping[str, Tensor]:
+    def passes(
+        self, draw: Draw, batches: Sequence[PackedBatch], told: Callable[[str], None] = lambda part: None
+    ) -> Mapping[str, Tensor]:
         """The loss of a step; all passes but the last have gone backward. told hears when a part of the work is done."""
         processes = self.processes
         # A mean over all targets of the step, wherever they are; FSDP takes the mean over the processes.
         share = processes.world / int((draw.count + 1).sum())
-        mine = np.array_split(np.arange(self.recipe.batch)[processes.rank :: processes.world], self._passes(draw))
         done = torch.zeros((), device=processes.device)
-        for number, rows in enumerate(mine):
-            batch = pack(self._items(draw, rows.tolist()), self.recipe.model).to(processes.device)
+        for number, packed in enumerate(batches):
+            targets = packed.targets_counted
+            batch = packed.to(processes.device)
             told("data")
-            targets = int((draw.count[rows] + 1).sum())
             with processes.computing(self.recipe.bf16):
                 loss = self.packed(batch) * (targets * share)
             told("forward")
-            last = number == len(mine) - 1
+            last = number == len(batches) - 1
             with processes.gathering_gradients(self.packed, last):
                 if last:
                     return {"loss": loss + done}
@@ -154,8 +128,9 @@ class PackedTask:
             clips = clips if counted else self.held_out[:1]
             captions = data.caption(clips, np.zeros(len(clips)))
             draw = Draw(clips, captions, np.zeros_like(clips), data.lengths[clips])
-            batch = pack(self._items(draw, range(len(clips))), self.recipe.model).to(processes.device)
-            targets = int((draw.count + 1).sum())
+            packed = self.feed.batch(draw, np.arange(len(clips)))
+            targets = packed.targets_counted
+            batch = packed.to(processes.device)
             with processes.computing(self.recipe.bf16):
                 loss = module(batch).double()
             if counted:

@@ -17,6 +17,7 @@ from kinetok.model.config import TokenizerConfig
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.features import POSITIONS
 from kinetok.motion.skeleton import JOINTS
+from kinetok.train.data.loading import Order, Steps
 from kinetok.train.data.shards import ClipStore
 from kinetok.train.data.stats import streamed_mean_std
 from kinetok.train.loop import OneProcess, fit
@@ -111,6 +112,8 @@ class WindowTask:
         self.held_out = self.held_out[:HELD_OUT]
         some = np.random.default_rng(0).permutation(self.train)[:MEASURED]
         self.mean, self.std = processes.agree(lambda: streamed_mean_std(store.read(int(clip)) for clip in some))
+        self.order = Order(self.train, recipe.batch, recipe.loop.seed)
+        self._steps = Steps(self.windows, recipe.loop.steps)
         torch.manual_seed(recipe.loop.seed)
         self.module: nn.Module = StoreTokenizer(recipe.model)
         processes.spread(self.module)
@@ -118,15 +121,19 @@ class WindowTask:
     def normal(self, clip: int) -> Tensor:
         return torch.from_numpy(((self.store.read(clip) - self.mean) / self.std).astype(np.float32))
 
+    def windows(self, step: int) -> Tensor:
+        """This process's windows of a step, normalised ``[b, frames, 272]``."""
+        frames = self.recipe.frames
+        clips = self.order.step(step)
+        starts = self.order.rng(step).integers(self.store.frames[clips] - frames + 1)
+        mine = range(self.processes.rank, self.recipe.batch, self.processes.world)
+        return torch.stack([self.normal(int(clips[row]))[starts[row] : starts[row] + frames] for row in mine])
+
     def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
         recipe, processes = self.recipe, self.processes
-        clips = self.train[rng.integers(len(self.train), size=recipe.batch)]
-        starts = rng.integers(self.store.frames[clips] - recipe.frames + 1)
-        mine = range(processes.rank, recipe.batch, processes.world)
-        windows = [self.normal(int(clips[row]))[starts[row] : starts[row] + recipe.frames] for row in mine]
-        target = torch.stack(windows).to(processes.device)
+        target = self._steps(step).to(processes.device)
         # A mean over all windows of the step, wherever they are; the mean over the processes is taken of the gradients.
-        share = len(mine) * processes.world / recipe.batch
+        share = len(target) * processes.world / recipe.batch
         return {"loss": released_loss(self.module(target)[0], target) * share}
 
     @torch.no_grad()

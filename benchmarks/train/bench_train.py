@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from synthetic import SyntheticSequences
 from torch import Tensor
@@ -84,7 +83,6 @@ def step_row(name: str, config: DecoderConfig, batch: int, steps: int, device: t
     data = SyntheticSequences(codebook=config.codebook, text_dim=config.text_dim)
     task = PackedTask(recipe, data, OneProcess(), Engine())  # type: ignore[arg-type]
     optimizer = adamw(task.module, recipe.loop)
-    rng = np.random.default_rng(0)
     reset_peak(device)
     spent = dict.fromkeys(PARTS, 0.0)
     last, useful, flop, total, losses = 0.0, 0, 0.0, 0.0, []
@@ -99,10 +97,10 @@ def step_row(name: str, config: DecoderConfig, batch: int, steps: int, device: t
         if step == 1:  # the first step makes the optimiser's moments and warms everything up
             spent, useful, flop, total = dict.fromkeys(PARTS, 0.0), 0, 0.0, 0.0
         began = last = clock(device)
-        draw = task.draw(rng)
+        draw, batches = task.feed.step(step)
         optimizer.param_groups[0]["lr"] = learning_rate(recipe.loop, step)
         optimizer.zero_grad(set_to_none=True)
-        loss = task.passes(draw, told)["loss"]
+        loss = task.passes(draw, batches, told)["loss"]
         loss.backward()
         told("backward")
         optimizer.step()

@@ -40,11 +40,11 @@ def test_passes_and_checkpointing_change_nothing(task) -> None:
     results = []
     for engine in ({}, {"pass_positions": 90}, {"checkpointing": True}):
         one = task(**engine)
-        draw = one.draw(np.random.default_rng(1))
+        draw, batches = one.feed.step(1)
         if "pass_positions" in engine:
-            assert one._passes(draw) > 2
+            assert len(batches) > 2
         one.module.train()
-        loss = one.passes(draw)["loss"]
+        loss = one.passes(draw, batches)["loss"]
         loss.backward()
         results.append((loss.detach(), [p.grad for p in one.module.parameters()]))
     for loss, gradients in results[1:]:
@@ -61,22 +61,23 @@ def test_compiled_blocks_are_whole_graphs(task, monkeypatch) -> None:
     for engine in ({}, {"compile": True}):
         one = task(**engine)
         one.module.train()
-        loss = one.passes(one.draw(np.random.default_rng(1)))["loss"]
+        loss = one.passes(*one.feed.step(1))["loss"]
         loss.backward()
         losses.append((loss.detach(), one.packed.decoder.blocks[0].qkv.weight.grad))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
 
 
-def test_draws_follow_the_reference(task) -> None:
-    one = task(batch=3000)
-    draw = one.draw(np.random.default_rng(0))
-    dropped = one.data.lengths[draw.clips] - draw.count
-    assert set(dropped) == {0, 1} and abs(dropped.mean() - 1 / 3) < 0.03
-    assert abs(draw.first[dropped == 1].mean() - 0.5) < 0.06 and not draw.first[dropped == 0].any()
-    assert set(one.data.splits[draw.clips]) == {"train"} and len(set(draw.clips)) == 33
-    features, motion = one._items(draw, [5])[0]
-    whole = one.data.tokens(int(draw.clips[5]))
-    assert torch.equal(motion, whole[draw.first[5] :][: draw.count[5]]) and features.shape[1] == 6
+def test_training_clips_are_drawn_alike(task) -> None:
+    one = task(batch=330)
+    draw = one.feed.draw(0)
+    assert (
+        set(one.data.splits[draw.clips]) == {"train"} and (np.bincount(draw.clips, minlength=33)[one.train] == 10).all()
+    )
+    batch = one.feed.batch(draw, np.array([5]))
+    first, count, text = int(draw.first[5]), int(draw.count[5]), int(batch.text_lengths[0])
+    motion = one.data.tokens(int(draw.clips[5]))[first : first + count]
+    assert torch.equal(batch.tokens[text:-1], motion) and batch.targets_counted == count + 1
+    assert torch.equal(batch.text.float(), one.data.text(int(draw.captions[5]))[:text])
 
 
 def test_more_processes_than_data_and_no_fitting_clips(trained_store, recipe, task) -> None:

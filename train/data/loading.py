@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kinetok.errors import UserError
 
 Batch = TypeVar("Batch")
-AHEAD = 2  # steps that each worker prepares ahead
+WORKERS = 3  # more than a GPU needs but for the smallest recipes (benchmarks/results/train_import.json)
 
 
 class Order:
@@ -45,9 +45,9 @@ class Order:
         return last[1]
 
 
-def load(make: Callable[[int], Batch], start: int, stop: int, workers: int = 0) -> Iterator[Batch]:
-    """``make(step)`` of the steps from ``start`` on, in order. ``workers`` threads prepare steps ahead, which hides the
-    reading: it runs while others compute. An error is raised where its step would have come."""
+def load(make: Callable[[int], Batch], start: int, stop: int, workers: int = WORKERS) -> Iterator[Batch]:
+    """``make(step)`` of the steps from ``start`` on, in order. ``workers`` threads prepare a step each ahead, which hides
+    the reading: it runs while others compute. An error is raised where its step would have come."""
     if workers == 0:
         yield from map(make, range(start, stop))
         return
@@ -55,10 +55,25 @@ def load(make: Callable[[int], Batch], start: int, stop: int, workers: int = 0) 
         waiting: deque[Future[Batch]] = deque()
         try:
             steps = iter(range(start, stop))
-            waiting.extend(pool.submit(make, step) for step in islice(steps, AHEAD * workers))
+            waiting.extend(pool.submit(make, step) for step in islice(steps, workers))
             while waiting:
                 made = waiting.popleft().result()
                 waiting.extend(pool.submit(make, step) for step in islice(steps, 1))
                 yield made
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Steps(Generic[Batch]):
+    """``load`` for who asks for one step after another, and may begin anywhere."""
+
+    def __init__(self, make: Callable[[int], Batch], stop: int) -> None:
+        self.make, self.stop = make, stop
+        self._next = -1
+        self._made: Iterator[Batch] = iter(())
+
+    def __call__(self, step: int) -> Batch:
+        if step != self._next:
+            self._next, self._made = step, load(self.make, step, self.stop)
+        self._next += 1
+        return next(self._made)
