@@ -131,18 +131,29 @@ def quantise(decoder: MotionDecoder, quantisation: Quantisation) -> MotionDecode
     return made
 
 
-@torch.no_grad()
 def unpacked(decoder: MotionDecoder) -> MotionDecoder:
     """A copy whose products hold the values that the words stand for, in the decoder's dtype."""
     made = copy.deepcopy(decoder)
-    for owner in made.modules():
+    unpack_in_place(made)
+    return made
+
+
+@torch.no_grad()
+def unpack_in_place(decoder: MotionDecoder) -> None:
+    """The same without a copy: one layer's words after the other make room for its values."""
+    for owner in decoder.modules():
         for name, layer in list(owner.named_children()):
             if isinstance(layer, PackedLinear):
                 with torch.device("meta"):
                     plain = nn.Linear(layer.columns, layer.rows, bias=False)
-                plain.weight = nn.Parameter(layer.weight.to(made.embed.weight.dtype), requires_grad=False)
+                plain.weight = nn.Parameter(layer.weight.to(decoder.embed.weight.dtype), requires_grad=False)
                 setattr(owner, name, plain)
-    return made
+
+
+def unpacked_bytes(decoder: MotionDecoder) -> int:
+    """Bytes of the products' values, in the decoder's dtype."""
+    layers = [layer for layer in decoder.modules() if isinstance(layer, PackedLinear)]
+    return sum(layer.rows * layer.columns for layer in layers) * decoder.embed.weight.dtype.itemsize
 
 
 def hollow(decoder: MotionDecoder, quantisation: Quantisation) -> MotionDecoder:

@@ -24,7 +24,7 @@ def choose_backend(decoder: MotionDecoder) -> Chosen:
     if weight.device.type != "cpu":
         return Chosen("torch", "the fused kernels have not been measured on a GPU yet: ask for the backend fused")
     if not isinstance(decoder.blocks[0].qkv, nn.Linear):
-        return Chosen("torch", "packed weights are torch's here; a quantised bundle runs as onnx:DIR")
+        return Chosen("torch", "the memory to unpack the weights is not there, so they are unpacked at every step")
     if weight.dtype != torch.float32:
         return Chosen("torch", f"ONNX Runtime's live graph is fp32, and these weights are {weight.dtype}")
     for package in ("onnx", "onnxruntime"):

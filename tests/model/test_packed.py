@@ -9,7 +9,7 @@ import torch
 from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.model.decoder import MotionDecoder
-from kinetok.model.packed import PackedLinear, Quantisation, hollow, quantise, unpacked
+from kinetok.model.packed import PackedLinear, Quantisation, hollow, quantise, unpacked, unpacked_bytes
 from kinetok.model.pretrained import MANIFEST, load_pretrained, save_pretrained, weight_bytes
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
@@ -66,7 +66,12 @@ def test_logits_stay_near_and_the_unpacked_copy_has_the_same(kind: str, group: i
     tokens, features, mask = torch.randint(240, (2, 10)), torch.randn(2, 3, 6), torch.ones(2, 3)
     wanted, found = decoder(tokens, features, mask), packed(tokens, features, mask)
     assert 0 < float((found - wanted).norm() / wanted.norm()) < {"int8": 0.05, "fp8": 0.1, "int4": 0.4}[kind]
-    torch.testing.assert_close(unpacked(packed)(tokens, features, mask), found, rtol=1e-4, atol=1e-4)
+    plain = unpacked(packed)
+    torch.testing.assert_close(plain(tokens, features, mask), found, rtol=1e-4, atol=1e-4)
+    assert isinstance(packed.blocks[0].qkv, PackedLinear) and isinstance(plain.blocks[0].qkv, torch.nn.Linear)
+    products = [m.weight.nbytes for m in plain.modules() if isinstance(m, torch.nn.Linear) and m is not plain.text_proj]
+    assert unpacked_bytes(packed) == sum(products) - (plain.head.weight.nbytes if tied else 0)
+    assert unpacked_bytes(plain) == 0
 
 
 def test_a_rows_bits_do_not_depend_on_the_others() -> None:
