@@ -28,7 +28,7 @@ def plain_bytes(path: Path, most: int) -> bytes:
                 raise UserError("expected a plain file, but it is a pipe or a device")
             if about.st_size > most:
                 raise UserError(f"expected at most {most} bytes, got {about.st_size}")
-            return file.read(most)
+            return file.read(about.st_size)
     except FileNotFoundError as error:
         raise UserError("there is no such file") from error
     except (OSError, ValueError) as error:
