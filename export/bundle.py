@@ -20,7 +20,10 @@ from kinetok.model.config import FRAME_RATE, DecoderConfig
 from kinetok.model.pretrained import ModelBundle
 from kinetok.motion.features import FEATURES, POSITIONS, ROTATIONS, VELOCITIES
 from kinetok.motion.skeleton import JOINT_NAMES, PARENTS
-from kinetok.runtime.bundle import ALIGNMENT, FORMAT, MANIFEST, VERSION, Bundle, file_digest
+from kinetok.runtime.backends.torch import TorchBackend
+from kinetok.runtime.bundle import ALIGNMENT, Bundle, file_digest
+from kinetok.runtime.manifest import FORMAT, MANIFEST, VERSION
+from kinetok.runtime.quantize import PROMPTS, compare, failures, trial
 from kinetok.runtime.sampling import TRAINED_SECONDS, SamplingParams
 
 KV_DTYPES = {"fp32": "float32", "fp16": "float16"}
@@ -61,13 +64,16 @@ def export_bundle(
     opset: int = OPSETS[0],
     text: bool = True,
     check: bool = True,
+    compared: bool = False,
+    force: bool = False,
 ) -> Path:
     """Write a bundle of a model on the CPU; an older bundle at ``out`` is replaced.
 
     dtype: fp32, fp16, int8 or int4 (weights); kv: the cache, fp32 or fp16 (None: as the activations). text: with the
     text encoder, where it can be exported. check: replay the golden fixtures on ONNX Runtime before the bundle takes its
-    place, which all but fp32 does anyway, whose tolerances are measured. Raises ``UserError`` for options and models that
-    cannot be expressed.
+    place, which all but fp32 does anyway, whose tolerances are measured. compared: measure what another precision than fp32
+    changes (``runtime.quantize.compare``), and write nothing where it is too much, but for force. Raises ``UserError`` for
+    options and models that cannot be expressed.
     """
     precision = Precision(name=dtype)
     if kv is not None and kv not in KV_DTYPES:
@@ -92,9 +98,28 @@ def export_bundle(
                     f"the exported graphs disagree with the model, nothing was written: {first.name}: {first.text}"
                 )
         manifest["golden_tolerance"] = tolerance(exact, found)
+        manifest["agreement"] = None
+        if compared and not exact:
+            agreement = _agreement(model, Bundle(folder, manifest))
+            if (failed := failures(agreement)) and not force:
+                raise UserError(
+                    f"{dtype} changes this model too much: {'; '.join(failed)}; nothing was written (--force writes it)"
+                )
+            manifest["agreement"] = agreement
         text_form = json.dumps(manifest, indent=1, allow_nan=False, ensure_ascii=False)
         (folder / MANIFEST).write_text(text_form + "\n", encoding="utf-8")
     return Path(out)
+
+
+def _agreement(model: ModelBundle, bundle: Bundle) -> dict[str, Any]:
+    """What the bundle's graphs change, against the model as it was loaded."""
+    from kinetok.runtime.backends.onnx import OnnxBackend
+
+    parameters = sum(value.numel() for value in model.decoder.parameters())
+    # A model of billions takes a second a token on a CPU.
+    texts, count = trial(model, max(2, min(PROMPTS, 2 * 10**9 // parameters)))
+    capacity = max(map(len, texts)) + count
+    return compare(model, texts, count, TorchBackend(model.decoder, 1, capacity), OnnxBackend(bundle, 1, capacity))
 
 
 def _write(

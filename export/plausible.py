@@ -16,7 +16,7 @@ def drawable(token: int, scaled: Tensor, noise: Tensor, slack: float, *, top_k: 
     noise, at = noise.double()[order], int((order == token).nonzero())
     if not torch.isfinite(values[at]):
         return False
-    weights, apart = (values - values[0]).exp(), math.exp(2 * slack)
+    weights, apart = (values - values[0]).exp(), math.exp(min(2 * slack, 600.0))
     sums = torch.cat((weights.new_zeros(1), weights.cumsum(0)))  # of the first so many
     rising = -values
     # What is ahead of the token whatever happens; and how many, itself among them, may be ahead of each.

@@ -1,7 +1,6 @@
 """Reading a bundle (docs/bundle.md): the manifest checked, every file's hash compared, plain tensors."""
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -12,13 +11,11 @@ import numpy as np
 
 from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig
-from kinetok.model.tensor_files import natural, parse_json, possible_shape
+from kinetok.model.tensor_files import natural, possible_shape
+from kinetok.runtime.manifest import FILE_NAME, MANIFEST, TENSOR_DTYPES, read_manifest
 
-MANIFEST = "kinetok_bundle.json"
-FORMAT, VERSION = "kinetok-bundle", 1
 ALIGNMENT = 64  # of the tensors in a flat file
-TENSOR_DTYPES = {name: np.dtype(name) for name in ("float32", "int32", "int64")}
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
+_DTYPES = {name: np.dtype(name) for name in TENSOR_DTYPES}
 _CHUNK = 1 << 22
 
 
@@ -57,9 +54,9 @@ class Bundle:
     def tensor(self, reference: Any) -> np.ndarray:
         """A plain tensor that the manifest refers to. ``UserError`` where it does not lie within its file."""
         where = f"{self.directory / self.source}: tensor {str(reference)[:80]}"
-        if not isinstance(reference, dict) or reference.get("dtype") not in TENSOR_DTYPES:
-            raise UserError(f"{where}: expected file, dtype (one of {list(TENSOR_DTYPES)}), shape and offset")
-        dtype, shape, offset = TENSOR_DTYPES[reference["dtype"]], reference.get("shape"), reference.get("offset")
+        if not isinstance(reference, dict) or reference.get("dtype") not in _DTYPES:
+            raise UserError(f"{where}: expected file, dtype (one of {list(_DTYPES)}), shape and offset")
+        dtype, shape, offset = _DTYPES[reference["dtype"]], reference.get("shape"), reference.get("offset")
         path = self.directory / self._file(reference.get("file"))
         if (
             not isinstance(shape, list)
@@ -102,24 +99,8 @@ def is_bundle(path: str | Path) -> bool:
 def read_bundle(path: str | Path) -> Bundle:
     """Open a bundle. Raises ``UserError`` for a newer version, a file that is absent, cut or edited, or no bundle at all."""
     folder = Path(path)
-    try:
-        manifest = parse_json((folder / MANIFEST).read_bytes(), folder / MANIFEST)
-    except OSError as error:
-        raise UserError(
-            f"{folder} is no bundle: cannot read {MANIFEST} ({error.strerror or error}); make one with kinetok export onnx"
-        ) from error
-    version = manifest.get("version")
-    if manifest.get("format") != FORMAT or not isinstance(version, int) or version < 1:
-        raise UserError(
-            f"{folder / MANIFEST}: expected the format {FORMAT!r}, got {str(manifest.get('format'))[:40]!r}"
-        )
-    if version > VERSION:
-        raise UserError(
-            f"{folder / MANIFEST}: version {version} is newer than this kinetok reads ({VERSION}): update kinetok, or "
-            "export the model again with this one"
-        )
-    bundle = Bundle(folder, manifest)
-    check_files(folder, manifest, MANIFEST)
+    bundle = Bundle(folder, read_manifest(folder))
+    check_files(folder, bundle.manifest, MANIFEST)
     return bundle
 
 
@@ -129,10 +110,14 @@ def check_files(folder: Path, manifest: Mapping[str, Any], source: str) -> None:
     if not isinstance(files, dict):
         raise UserError(f"{folder / source}: expected 'files' to be an object")
     for name, about in files.items():
-        if not _NAME.fullmatch(name) or not isinstance(about, dict):
+        if not FILE_NAME.fullmatch(name) or not isinstance(about, dict):
             raise UserError(f"{folder / source}: {name[:80]!r} is not the name of one of its files")
-        digest, size = file_digest(folder / name)
-        if (digest, size) != (about.get("sha256"), about.get("bytes")):
+        path = folder / name
+        if path.exists() and not path.is_file():  # a device or a pipe has no end
+            raise UserError(f"{path}: expected a file")
+        # What is too long is not read to its end.
+        whole = not path.exists() or path.stat().st_size == about.get("bytes")
+        if not whole or file_digest(path) != (about.get("sha256"), about.get("bytes")):
             raise UserError(
                 f"{folder / name}: not the file that was exported (its SHA-256 or size differs from the manifest's): "
                 "export the model again, or fetch an intact copy"

@@ -14,6 +14,7 @@ from kinetok.model.packed import Quantisation, quantise, unpacked
 from kinetok.model.pretrained import ModelBundle
 from kinetok.motion import Motion
 from kinetok.motion.quality import jerk, mpjpe
+from kinetok.runtime.backends import Backend
 from kinetok.runtime.backends.torch import TorchBackend
 
 NEAR_TIE = 1e-3
@@ -39,20 +40,26 @@ class Bounds:
 BOUNDS = Bounds()
 
 
-def _prompts(model: ModelBundle) -> list[Tensor]:
-    """Text features of up to 16 banked prompts; random ones where the model has no bank."""
+def trial(model: ModelBundle, prompts: int | None = None, tokens: int | None = None) -> tuple[list[Tensor], int]:
+    """Text features of up to ``prompts`` banked prompts (random ones where the model has no bank), and how many tokens
+    behind them are compared. ``UserError`` where there is no room for two."""
+    config, prompts = model.decoder.config, prompts or PROMPTS
     if model.bank is None:
         generator = torch.Generator().manual_seed(0)
-        return [torch.randn(4 + at, model.decoder.config.text_dim, generator=generator) for at in range(PROMPTS)]
-    bank = PromptBank.load(model.bank)
-    encoder = BankedEncoder(bank, model.text_encoder, model.decoder.config.text_dim)
-    return encoder.encode([text for text in bank.prompts if text][:PROMPTS])
+        texts = [torch.randn(4 + at, config.text_dim, generator=generator) for at in range(prompts)]
+    else:
+        bank = PromptBank.load(model.bank)
+        encoder = BankedEncoder(bank, model.text_encoder, config.text_dim)
+        texts = encoder.encode([text for text in bank.prompts if text][:prompts])
+    count = min(tokens or TOKENS, config.block_size - max(map(len, texts)))
+    if count < 2:
+        raise UserError("the model has no room for two tokens behind its longest prompt")
+    return texts, count
 
 
 @torch.inference_mode()
-def _write(backend: TorchBackend, text: Tensor, count: int, seed: int | None) -> list[int]:
+def _write(backend: Backend, codebook: int, text: Tensor, count: int, seed: int | None) -> list[int]:
     """``count`` tokens behind a text, the end banned: greedy, or sampled plainly with a seed."""
-    codebook = backend.decoder.config.codebook
     generator = torch.Generator().manual_seed(seed or 0)
     logits, tokens = backend.prefill(0, text), []
     while True:
@@ -66,9 +73,9 @@ def _write(backend: TorchBackend, text: Tensor, count: int, seed: int | None) ->
 
 
 @torch.inference_mode()
-def _logits(backend: TorchBackend, text: Tensor, tokens: Sequence[int]) -> Tensor:
+def _logits(backend: Backend, codebook: int, text: Tensor, tokens: Sequence[int]) -> Tensor:
     """fp32 ``[len(tokens), codebook]``: what a model thinks of each position behind the given past."""
-    codebook, device = backend.decoder.config.codebook, backend.device
+    device = backend.device
     rows = [backend.prefill(0, text)]
     rows += [backend.decode([0], torch.tensor([token], device=device))[0] for token in tokens[:-1]]
     return torch.stack(rows)[:, :codebook].cpu()
@@ -82,26 +89,28 @@ def _motion(model: ModelBundle, tokens: Sequence[int]) -> Motion:
 
 
 def measure(model: ModelBundle, decoder: MotionDecoder, tokens: int | None = None) -> dict[str, Any]:
-    """Packed ``decoder`` against the model's own, on its banked prompts: the figures of ``Bounds`` and their sources.
+    """``compare`` of the model with a packed ``decoder``, on its banked prompts."""
+    texts, count = trial(model, tokens=tokens)
+    capacity = max(map(len, texts)) + count
+    # A CPU would unpack the words at every step; their values are the same, unpacked once.
+    judged = unpacked(decoder) if decoder.embed.weight.device.type == "cpu" else decoder
+    return compare(model, texts, count, *(TorchBackend(each, 1, capacity) for each in (model.decoder, judged)))
+
+
+def compare(model: ModelBundle, texts: Sequence[Tensor], count: int, exact: Backend, packed: Backend) -> dict[str, Any]:
+    """The figures of ``Bounds`` and their sources: ``packed`` against ``exact``, which is the model, ``count`` tokens a text.
 
     Both see the same past, the model's own sampled clips (seed 0, 1, ...); so one different choice does not count again
     at every later position. Only the jerk is of clips that each writes by itself.
     """
-    texts = _prompts(model)
-    count = min(tokens or TOKENS, model.decoder.config.block_size - max(map(len, texts)))
-    if count < 2:
-        raise UserError("the model has no room for two tokens behind its longest prompt")
-    capacity = max(map(len, texts)) + count
-    # A CPU would unpack the words at every step; their values are the same, unpacked once.
-    judged = unpacked(decoder) if decoder.embed.weight.device.type == "cpu" else decoder
-    exact, packed = TorchBackend(model.decoder, 1, capacity), TorchBackend(judged, 1, capacity)
+    codebook = model.decoder.config.codebook
     same = ties = positions = 0
     error, norm = 0.0, 0.0
     distances: list[float] = []
     jerks: dict[str, list[float]] = {"exact": [], "packed": []}
     for seed, text in enumerate(texts):
-        past = _write(exact, text, count, seed)
-        a, b = _logits(exact, text, past), _logits(packed, text, past)
+        past = _write(exact, codebook, text, count, seed)
+        a, b = _logits(exact, codebook, text, past), _logits(packed, codebook, text, past)
         top = a.topk(2, dim=1).values
         near = top[:, 0] - top[:, 1] < NEAR_TIE
         chosen, other = a.argmax(1), b.argmax(1)
@@ -112,7 +121,7 @@ def measure(model: ModelBundle, decoder: MotionDecoder, tokens: int | None = Non
         error += float((a - b).double().square().sum())
         norm += float(a.double().square().sum())
         distances.append(1e3 * mpjpe(*(_motion(model, ids.tolist()).joints for ids in (chosen, other))))
-        for name, tokens_of in (("exact", past), ("packed", _write(packed, text, count, seed))):
+        for name, tokens_of in (("exact", past), ("packed", _write(packed, codebook, text, count, seed))):
             own = _motion(model, tokens_of)
             jerks[name].append(jerk(own.joints, own.fps))
     mean_jerk = {name: sum(values) / len(values) for name, values in jerks.items()}

@@ -22,11 +22,13 @@ def test_verify_and_what_it_notices(kinetok, refused, bundle) -> None:
     outcome = kinetok("verify", bundle)
     assert outcome.code == 0 and outcome.out.rstrip().endswith("all arrays agree")
     manifest = json.loads((bundle / "kinetok_bundle.json").read_text())
-    reference = manifest["golden"][1]["frames"]
-    manifest["golden"][0]["frames"] = {**reference, "shape": [2, 272]}
+    manifest["golden"][0]["first_logits"] = manifest["golden"][1]["first_logits"]
     (bundle / "kinetok_bundle.json").write_text(json.dumps(manifest))
     outcome = kinetok("verify", bundle)
-    assert outcome.code == 1 and "FAIL  0.frames" in outcome.out
+    assert outcome.code == 1 and "FAIL  0.first_logits" in outcome.out
+    manifest["golden"][0]["frames"]["shape"] = [2, 271]
+    (bundle / "kinetok_bundle.json").write_text(json.dumps(manifest))
+    assert "expected a fixture's frames to be" in refused("verify", bundle)
     (bundle / "weights.bin").write_bytes(b"\0")
     assert "not the file that was exported" in refused("verify", bundle)
     manifest["version"] = 99
@@ -43,6 +45,20 @@ def test_the_same_clips_from_onnx_runtime(kinetok, bundle, model, tmp_path) -> N
         assert outcome.code == 0, outcome
         tokens.append(next(out.glob("*.npz")).read_bytes())
     assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_another_precision_is_compared_with_the_model(kinetok, refused, model, tmp_path) -> None:
+    arguments = ("export", "onnx", model, "--out", tmp_path / "bundle", "--dtype")
+    outcome = kinetok(*arguments, "fp16")
+    assert outcome.code == 0 and "same greedy token  1.0000 (at least 0.95)" in outcome.out
+    assert "no text_encoder: the model names no text encoder" in outcome.out
+    found = json.loads((tmp_path / "bundle" / "kinetok_bundle.json").read_text())["agreement"]
+    assert 0 < found["logit_error"] < 1e-2
+    before = (tmp_path / "bundle" / "weights.bin").read_bytes()
+    assert "int4 changes this model too much: " in refused(*arguments, "int4")
+    assert (tmp_path / "bundle" / "weights.bin").read_bytes() == before
+    outcome = kinetok(*arguments, "int4", "--force")
+    assert outcome.code == 0 and "(at most 0.1)" in outcome.out
 
 
 @pytest.mark.parametrize(

@@ -34,17 +34,30 @@ def onnx(
     kv: Annotated[str | None, typer.Option(help="Cache: fp32 or fp16; as the activations without.")] = None,
     opset: Annotated[int, typer.Option(help="ONNX opset: 23, or 18 for older readers.")] = 23,
     text: Annotated[bool, typer.Option(help="With the text encoder; a bundle without takes banked prompts.")] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write a bundle that is too far from the model all the same.")
+    ] = False,
 ) -> None:
-    """Write a bundle: ONNX graphs, weights, prompt bank and golden fixtures, checked against the model."""
+    """Write a bundle: ONNX graphs, weights, prompt bank and golden fixtures, checked against the model.
+
+    Another precision than fp32 is compared with the model as kinetok quantize does, and refused where it changes too much.
+    """
+    from kinetok.cli.quantize import report_text
     from kinetok.export.bundle import export_bundle
     from kinetok.model.pretrained import load_pretrained
+    from kinetok.runtime.manifest import read_manifest
 
     began = time.perf_counter()
     bundle = load_pretrained(None if model == "default" else model, "cpu", "float32")
     _few_threads(sum(value.numel() for value in bundle.decoder.parameters()))
-    export_bundle(bundle, out, dtype=dtype, kv=kv, opset=opset, text=text)
+    export_bundle(bundle, out, dtype=dtype, kv=kv, opset=opset, text=text, compared=True, force=force)
+    manifest = read_manifest(out)
     for path in sorted(out.iterdir()):
         print(f"wrote {path}  {path.stat().st_size / 1e6:.2f} MB")
+    for name, why in manifest["absent"].items():
+        print(f"no {name}: {why}")
+    if manifest["agreement"] is not None:
+        print(report_text(manifest["agreement"]))
     print(f"golden fixtures replayed and agreed; {time.perf_counter() - began:.1f} s")
 
 
