@@ -21,18 +21,19 @@ def bundle(kinetok, model, tmp_path):
 def test_verify_and_what_it_notices(kinetok, refused, bundle) -> None:
     outcome = kinetok("verify", bundle)
     assert outcome.code == 0 and outcome.out.rstrip().endswith("all arrays agree")
-    manifest = json.loads((bundle / "kinetok_bundle.json").read_text())
-    manifest["golden"][0]["first_logits"] = manifest["golden"][1]["first_logits"]
-    (bundle / "kinetok_bundle.json").write_text(json.dumps(manifest))
+    path = bundle / "kinetok_bundle.json"
+    manifest = json.loads(path.read_text())
+    first, second = manifest["golden"][:2]
+    path.write_text(json.dumps({**manifest, "golden": [{**first, "first_logits": second["first_logits"]}]}))
     outcome = kinetok("verify", bundle)
     assert outcome.code == 1 and "FAIL  0.first_logits" in outcome.out
-    manifest["golden"][0]["frames"]["shape"] = [2, 271]
-    (bundle / "kinetok_bundle.json").write_text(json.dumps(manifest))
+    frames = {**first["frames"], "shape": [2, 271]}
+    path.write_text(json.dumps({**manifest, "golden": [{**first, "frames": frames}]}))
     assert "expected a fixture's frames to be" in refused("verify", bundle)
+    path.write_text(json.dumps(manifest))
     (bundle / "weights.bin").write_bytes(b"\0")
     assert "not the file that was exported" in refused("verify", bundle)
-    manifest["version"] = 99
-    (bundle / "kinetok_bundle.json").write_text(json.dumps(manifest))
+    path.write_text(json.dumps({**manifest, "version": 99}))
     assert "update kinetok" in refused("verify", bundle)
 
 
