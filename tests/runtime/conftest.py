@@ -11,11 +11,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from kinetok.model.config import DecoderConfig
+from kinetok.model.config import DecoderConfig, TokenizerConfig
+from kinetok.model.decoder import MotionDecoder
+from kinetok.model.pretrained import ModelBundle
+from kinetok.model.tokenizer import MotionTokenizer
+from kinetok.motion.skeleton import CANONICAL_OFFSETS
 from kinetok.runtime.bundle import file_digest
-from kinetok.runtime.engines import ENGINES, FORMAT, VERSION
+from kinetok.runtime.engines import ENGINES, FORMAT, VERSION, Engines, read_engines
 
 
 def _script(path: str) -> ModuleType:
@@ -37,6 +43,27 @@ def script() -> Callable[[str], ModuleType]:
 @pytest.fixture(scope="session")
 def soak() -> ModuleType:
     return _script("benchmarks/runtime/soak_crowd.py")
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> ModelBundle:
+    """Two layers and a head of 4,375 classes; a causal tokenizer without text encoder or bank."""
+    torch.manual_seed(3)
+    tokenizer = TokenizerConfig(nb_code=4096, code_dim=8, width=16, depth=2, patcher="none", causal=True)
+    config = DecoderConfig(n_layer=2, n_head=2, n_embd=192, codebook=tokenizer.codebook, text_dim=8, block_size=64)
+    return ModelBundle(
+        tokenizer=MotionTokenizer(tokenizer).eval(),
+        decoder=MotionDecoder(config).eval(),
+        mean=np.zeros(272),
+        std=np.ones(272),
+        offsets=np.array(CANONICAL_OFFSETS),
+        text_encoder={"type": "none"},
+        sampling={},
+        provenance={},
+        licence="none",
+        bank=None,
+        directory=tmp_path_factory.mktemp("none"),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -116,3 +143,48 @@ def cpp() -> Cpp:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the package {package} is not installed: pip install 'kinetok[onnx]'")
     return Cpp()
+
+
+@pytest.fixture(scope="session")
+def stand_in() -> ModuleType:
+    """The module in TensorRT-RTX's place, ``stand_in_tensorrt.py``."""
+    pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    return _script("tests/runtime/stand_in_tensorrt.py")
+
+
+@pytest.fixture(scope="session")
+def stand_in_engines(stand_in, engine_folder, tmp_path_factory) -> Callable[..., Engines]:
+    """Engines of a decoder for the stand-in, of the graphs that the real ones are built from."""
+    from kinetok.export.decoder import DecoderExport, module_tensors
+    from kinetok.export.graph import WeightFile
+    from kinetok.export.precision import Precision
+    from kinetok.export.tensorrt import OPSET
+
+    def write(
+        decoder: MotionDecoder, dtype: str = "fp32", positions: int = 64, batches: tuple[int, ...] = (1, 4)
+    ) -> Engines:
+        folder, precision = tmp_path_factory.mktemp("engines"), Precision(name=dtype, target="tensorrt")
+        export = DecoderExport(
+            config=decoder.config,
+            tensors=module_tensors(decoder),
+            precision=precision,
+            kv_dtype=precision.activations,
+            opset=OPSET,
+            capacity=positions,
+        )
+        files = {}
+        with (folder / "weights.bin").open("wb") as file:
+            weights = WeightFile(file, "weights.bin")
+            for graph in (export.prefill(weights), export.decode(weights)):
+                (folder / f"{graph.name}.onnx").write_bytes(graph.model().SerializeToString())
+                files[f"{graph.name}.engine"] = stand_in.engine_file(
+                    folder / f"{graph.name}.onnx", batches, positions - 1
+                )
+        kv = precision.activations.name
+        return read_engines(
+            engine_folder(
+                folder / "out", decoder.config, files, kv_dtype=kv, positions=positions, batches=list(batches)
+            )
+        )
+
+    return write

@@ -108,5 +108,5 @@ def test_an_engine_that_the_library_cannot_load(folder) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13 (Linux on x86-64), which is not installed")
     rtx = library("tensorrt-rtx", "a test")
     with pytest.raises(UserError, match=r"decode\.engine: tensorrt_rtx .* cannot load this engine: .+Error") as caught:
-        deserialize(rtx, read_engines(folder()).engine("decode"))
+        deserialize(rtx, read_engines(folder()).engine("decode"), [])
     assert "\n" not in str(caught.value)

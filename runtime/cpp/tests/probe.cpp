@@ -61,7 +61,8 @@ static void must(kt_status status) {
   std::exit(2);
 }
 
-// One character: "new SEED REQUEST TEMPERATURE TOP_K TOP_P GUIDANCE SECONDS AHEAD FLAGS", "say TEXT" (banked), "run", "read LAYOUT".
+// One character: "new SEED REQUEST TEMPERATURE TOP_K TOP_P GUIDANCE SECONDS AHEAD FLAGS", "say TEXT" (banked),
+// "speak TEXT" (encoded), "run", "read LAYOUT" (into a file), "joints LAYOUT" (offsets, a line each).
 static int generate(const char* folder, const std::string& out) {
   kt_model model = 0;
   kt_character character = 0;
@@ -87,6 +88,24 @@ static int generate(const char* folder, const std::string& out) {
       how.seed = seed, how.request = request, how.temperature = temperature, how.top_k = top_k, how.top_p = top_p;
       how.guidance = guidance, how.seconds = std::strtod(seconds.c_str(), nullptr);
       must(kt_character_create(model, &how, &character));
+    } else if (word == "speak") {
+      std::string text;
+      std::getline(rest >> std::ws, text);
+      kt_prompt_source source{};
+      source.size = sizeof source;
+      source.abi = KT_ABI_VERSION;
+      source.text = text.c_str();
+      must(kt_prompt(character, &source));
+    } else if (word == "joints") {
+      uint32_t layout = 0;
+      rest >> layout;
+      kt_joint_info joint{};
+      joint.size = sizeof joint;
+      joint.abi = KT_ABI_VERSION;
+      for (uint32_t i = 0; i < 22; ++i) {
+        must(kt_joint(model, i, layout, &joint));
+        std::printf("%.9g %.9g %.9g\n", joint.offset[0], joint.offset[1], joint.offset[2]);
+      }
     } else if (word == "say") {
       std::string text;
       std::getline(rest >> std::ws, text);
