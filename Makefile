@@ -49,10 +49,8 @@ lint: $(STAMP) ## ruff, import-linter and mypy
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: $(STAMP) ## the benchmarks: figures on the screen and in benchmarks/results
-	$(BIN)/kinetok bench decode --preset 111M --peers uncached,hf --json benchmarks/results/decode_111M_cpu.json
-	$(BIN)/kinetok bench tokenizer --preset default --json benchmarks/results/tokenizer_default_cpu.json
-	$(BIN)/python benchmarks/runtime/bench_default.py --json benchmarks/results/default_cpu.json
+bench: $(STAMP) ## the runtime's benchmarks, 15 minutes: figures on the screen, in benchmarks/results and docs/benchmarks.md
+	benchmarks/runtime/run_cpu.sh
 
 train: $(STAMP) ## train the default model's recipe on data/cmu, about 85 minutes of one core; resumes
 	$(BIN)/kinetok train tokenizer --recipe mini --resume

@@ -1,7 +1,7 @@
-"""The points of ``kinetok bench decode`` under pytest-benchmark: ``pytest benchmarks/runtime --benchmark-only``.
+"""The points of ``kinetok bench decode`` and ``step`` under pytest-benchmark: ``pytest benchmarks/runtime --benchmark-only``.
 
-One clip of 50 tokens by each route that runs here, after a check that it writes our tokens. For figures with limits,
-percentiles and ratios use ``kinetok bench decode``; this is for tracking a change from commit to commit.
+One clip of 50 tokens by each route that runs here, and our steps at two positions, each after a check of its tokens. For
+figures with limits, percentiles and ratios use ``kinetok bench``; this is for tracking a change from commit to commit.
 """
 
 from typing import Any
@@ -9,34 +9,51 @@ from typing import Any
 import pytest
 import torch
 
-from kinetok.model.presets import decoder_preset
-from kinetok.runtime.bench import decode, routes
+from kinetok.runtime.backends import open_backend
+from kinetok.runtime.bench import checks, decode, routes, step, subject
 from kinetok.runtime.bench.clock import this_device
 
-TEXT, TOKENS = 20, 50
-SIZES = {"111M": {}} if not torch.cuda.is_available() else {"111M": {}, "1B": {}, "7B": {}}
+TEXT, TOKENS, POSITIONS = 20, 50, (30, 300)
+SIZES = ("111M",) if not torch.cuda.is_available() else ("111M", "1B", "7B")
 
 
 @pytest.fixture(scope="module", params=SIZES)
-def decoder(request: pytest.FixtureRequest) -> Any:
+def model(request: pytest.FixtureRequest) -> subject.Subject:
     device = this_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return routes.random_decoder(decoder_preset(request.param, **SIZES[request.param]), device, dtype)
+    return subject.load(request.param, None, device, "bf16" if device.type == "cuda" else "fp32")
+
+
+def settled(call: Any) -> Any:
+    """With its work on the device done."""
+
+    def run() -> None:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run
 
 
 @pytest.mark.parametrize("name", ["ours", *(peer for peer in decode.PEERS if peer != "compile")])
-def test_decode(benchmark: Any, decoder: Any, name: str) -> None:
+def test_decode(benchmark: Any, model: subject.Subject, name: str) -> None:
+    asked = decode.DecodeSettings(device=model.device, dtype=model.dtype, tokens=(TOKENS,), text=TEXT)
     try:
-        route = decode.route(name, decoder, 1, TEXT + TOKENS)
+        route = decode.make(name, model, asked, 1)
     except routes.CannotRun as reason:
         pytest.skip(f"{name}: {reason}")
-    features = torch.randn(1, TEXT, decoder.config.text_dim, device=decoder.embed.weight.device)
-    ours = decode.route("ours", decoder, 1, TEXT + TOKENS).run(features, TOKENS, lambda: None)
-    assert decode.agree(decoder, features, ours, route.run(features, TOKENS, lambda: None))["passed"]
+    features = torch.randn(1, TEXT, model.plain.config.text_dim, device=model.device)
+    assert checks.greedy(model.plain, features, route.run(features, TOKENS, lambda: None))["passed"]
+    benchmark.pedantic(settled(lambda: route.run(features, TOKENS, lambda: None)), rounds=5, warmup_rounds=1)
 
-    def call() -> None:
-        route.run(features, TOKENS, lambda: None)
-        if features.is_cuda:
-            torch.cuda.synchronize()
 
-    benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_step(benchmark: Any, model: subject.Subject, position: int) -> None:
+    asked = step.StepSettings(device=model.device, dtype=model.dtype, positions=(position,), text=TEXT)
+    features = torch.randn(TEXT, model.plain.config.text_dim, device=model.device)
+    name, capacity = routes.own_backend(model.model.decoder), position + asked.steps
+    backend = open_backend(name, subject.own_copy(model.model), 2, capacity)
+    runs = step.Runs(backend, model.plain.config.codebook, features, asked, 1)
+    given, (_, tokens) = runs.given[position], runs(position)
+    whole = torch.cat((tokens.new_tensor(given), tokens[0]))[None]
+    assert checks.greedy(model.plain, features[None], whole, len(given))["passed"]
+    benchmark.pedantic(settled(lambda: runs(position)), rounds=10, warmup_rounds=1)

@@ -82,13 +82,14 @@ class Marks:
 
 
 def spread(name: str, milliseconds: Sequence[float]) -> dict[str, float]:
-    """mean, median, std, p95 and p99 under vLLM's names: ``mean_<name>_ms`` and so on."""
+    """mean, median, std, p50, p95 and p99 under vLLM's names: ``mean_<name>_ms`` and so on."""
     cuts = statistics.quantiles(milliseconds, n=100, method="inclusive") if len(milliseconds) > 1 else []
     one = milliseconds[0]
     return {
         f"mean_{name}_ms": statistics.fmean(milliseconds),
         f"median_{name}_ms": statistics.median(milliseconds),
         f"std_{name}_ms": statistics.pstdev(milliseconds),
+        f"p50_{name}_ms": statistics.median(milliseconds),
         f"p95_{name}_ms": cuts[94] if cuts else one,
         f"p99_{name}_ms": cuts[98] if cuts else one,
     }
@@ -131,10 +132,11 @@ class Memory:
         self.cuda = device.type == "cuda"
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(device)
-            return
-        # The process's own high-water mark starts anew; where it cannot, the peak includes what went before.
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            # The process's own high-water mark starts anew; where it cannot, the peak includes what went before.
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+        self.before = self.read()["steady_memory_bytes"]
 
     def read(self) -> dict[str, int | None]:
         if self.cuda:
@@ -149,3 +151,8 @@ class Memory:
             return int(lines[name].split()[0]) * 1024 if name in lines else None
 
         return {"peak_memory_bytes": size("VmHWM"), "steady_memory_bytes": size("VmRSS")}
+
+    def added(self, common: int) -> dict[str, int | None]:
+        """What came on top since then, and ``common`` bytes that were there before and are used as well."""
+        before = self.before or 0
+        return {name: None if value is None else max(0, value - before) + common for name, value in self.read().items()}

@@ -1,56 +1,44 @@
 """``kinetok bench stream`` and ``crowd``: an engine as a game drives it, frames as they come, many characters at once."""
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.model.config import FRAME_RATE, TokenizerConfig
-from kinetok.model.presets import decoder_preset
-from kinetok.model.pretrained import ModelBundle, load_pretrained
-from kinetok.model.tokenizer import MotionTokenizer
-from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.model.config import FRAME_RATE
 from kinetok.runtime.bench.clock import Memory, spread
-from kinetok.runtime.bench.decode import characters
-from kinetok.runtime.bench.machine import machine
-from kinetok.runtime.bench.record import Row, report
-from kinetok.runtime.bench.routes import DTYPES, random_decoder
+from kinetok.runtime.bench.decode import one_line, too_big
+from kinetok.runtime.bench.figures import characters, name_of
+from kinetok.runtime.bench.record import Report, Row, Save, unsaved
+from kinetok.runtime.bench.routes import own_backend
+from kinetok.runtime.bench.subject import Subject, activations, check_dtype, load, random_text
 from kinetok.runtime.engine import Engine
 from kinetok.runtime.sampling import TRAINED_SECONDS
 
 PROMPT = "a person walks forward"
-
-
-class _RandomText:
-    """Features of the right shape for a model with random weights, whatever the text."""
-
-    bank = None
-
-    def __init__(self, length: int, dim: int) -> None:
-        self.features = torch.randn(length, dim, generator=torch.Generator().manual_seed(1))
-
-    def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        return [self.features for _ in texts]
+CHECKED_SECONDS = 0.4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LiveSettings:
     """What to measure: a preset's shape with random weights, "default" or ``model``: a model directory.
 
-    seconds: length of a stream or of a crowd's clips. characters: crowds to measure. text: positions of random text.
+    causal: random weights with a tokenizer that looks at no later token, in place of the released one. seconds: length of a
+    stream or of a crowd's clips. characters: crowds to measure. text: positions of the random text of random weights.
     """
 
     preset: str = "default"
     model: str | None = None
     device: torch.device
     dtype: str = "fp32"
+    backend: str | None = None
+    causal: bool = False
     seconds: float = 6.0
     characters: Sequence[int] = (1, 8)
     text: int = 20
@@ -58,72 +46,96 @@ class LiveSettings:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_dtype(self.dtype)
         if self.repeats < 5 or min(self.characters, default=0) < 1 or self.text < 1:
             raise UserError("expected at least 5 repeats, one character and one text position")
-        if not 0.2 <= self.seconds <= TRAINED_SECONDS:
-            raise UserError(f"seconds: expected 0.2 to {TRAINED_SECONDS:g}, got {self.seconds!r}")
+        if not CHECKED_SECONDS <= self.seconds <= TRAINED_SECONDS:
+            raise UserError(f"seconds: expected {CHECKED_SECONDS:g} to {TRAINED_SECONDS:g}, got {self.seconds!r}")
 
 
-def engine_of(settings: LiveSettings, characters: int) -> Engine:
-    device, dtype = settings.device, DTYPES[settings.dtype]
-    if settings.model is not None or settings.preset == "default":
-        return Engine(load_pretrained(settings.model, device, dtype), characters=characters, queue=2 * characters)
-    config = decoder_preset(settings.preset)
-    torch.manual_seed(0)
-    with device:
-        tokenizer = MotionTokenizer(TokenizerConfig()).eval()
-    bundle = ModelBundle(
-        tokenizer=tokenizer,
-        decoder=random_decoder(config, device, dtype),
-        mean=np.zeros(272),
-        std=np.full(272, 0.01),
-        offsets=np.asarray(CANONICAL_OFFSETS),
-        text_encoder={"type": "none", "name": "random"},
-        sampling={},
-        provenance={},
-        licence="none",
-        bank=None,
-        directory=Path(settings.preset),
-    )
-    engine = Engine(bundle, characters=characters, queue=2 * characters)
-    engine.text = _RandomText(settings.text, config.text_dim)  # type: ignore[assignment]
+def engine_of(subject: Subject, settings: LiveSettings, characters: int) -> Engine:
+    model = subject.model
+    backend = settings.backend or own_backend(model.decoder)
+    # Of its window and the text, no more: a cache for all the positions a large model has would leave room for few.
+    rate = model.tokenizer.config.tokens_per_second
+    random = settings.model is None and settings.preset != "default"
+    positions = settings.text + round(settings.seconds * rate) if random else None
+    engine = Engine(model, backend=backend, characters=characters, queue=2 * characters, positions=positions)
+    if random:
+        engine.text = random_text(model, settings.text)  # type: ignore[assignment]
     return engine
 
 
-def _row(settings: LiveSettings, kind: str, batch: int, tokens: int, **figures: Any) -> Row:
+def clips(engine: Engine, requests: Sequence[int]) -> list[np.ndarray]:
+    """Features ``[T, 272]`` of a short clip of each request, all at once."""
+    handles = {request: engine.submit(PROMPT, seconds=CHECKED_SECONDS, request=request) for request in requests}
+    found: dict[int, list[np.ndarray]] = {request: [] for request in requests}
+    while handles:
+        engine.step()
+        for request, handle in list(handles.items()):
+            update = engine.poll(handle)
+            if update.error is not None:
+                raise UserError(update.error)
+            if update.motion is not None:
+                found[request].append(update.motion.features)
+            if update.over:
+                del handles[request]
+    return [np.concatenate(found[request]) for request in requests]
+
+
+def alone_and_together(engine: Engine, count: int) -> dict[str, Any]:
+    """Whether the first and the last character of a crowd get, to the bit, the frames that they get alone."""
+    together = clips(engine, range(count))
+    checked = sorted({0, count - 1})
+    alone = [clips(engine, [request])[0] for request in checked]
+    return {"passed": all(np.array_equal(together[at], clip) for at, clip in zip(checked, alone, strict=True))}
+
+
+def _row(
+    subject: Subject, settings: LiveSettings, engine: Engine, kind: str, batch: int, tokens: int, **figures: Any
+) -> Row:
+    kv = activations(settings.dtype, settings.device)
     return {
         "kind": kind,
-        "model": settings.model or settings.preset,
+        "model": subject.name,
         "dtype": settings.dtype,
+        "kv": name_of(kv),
         "batch": batch,
         "tokens": tokens,
+        "text": len(engine.text.encode([PROMPT])[0]),
         "route": "ours",
+        "backend": engine.backend,
         "threads": torch.get_num_threads() if settings.device.type == "cpu" else 0,
+        "load_s": subject.load_s,
         **figures,
     }
 
 
-def _finish(about: dict[str, Any], settings: LiveSettings, engine: Engine, rows: list[Row]) -> dict[str, Any]:
-    parameters = engine.describe()["parameters"]
-    dtype = DTYPES[settings.dtype]
-    return report(about, settings.device, dtype, note=settings.note, parameters=parameters, rows=rows, refused=[])
+def _begin(settings: LiveSettings) -> tuple[Report, Subject]:
+    report = Report(settings.device, activations(settings.dtype, settings.device), settings.note)
+    subject = load(settings.preset, settings.model, settings.device, settings.dtype, causal=settings.causal)
+    report.parameters = subject.parameters + sum(p.numel() for p in subject.model.tokenizer.parameters())
+    return report, subject
 
 
-def stream(settings: LiveSettings, tell: Callable[[str], None] = print) -> dict[str, Any]:
-    """One character's frames: ``ttff`` from the call to the first block, ``block`` between two, and how late the latest was.
+def stream(settings: LiveSettings, tell: Callable[[str], None] = print, save: Save = unsaved) -> dict[str, Any]:
+    """One character's frames: ``ttff`` from the call to the first block, ``block`` between two.
 
-    real_time_factor: frames made a second over 30.
+    real_time_factor: frames made a second over 30. The stream has to be the clip that ``submit`` gives.
     """
-    about = machine(settings.device)
-    began = time.perf_counter()
-    engine = engine_of(settings, 1)
-    load_s = time.perf_counter() - began
-    firsts, between, seconds, frames = [], [], [], 0
+    report, subject = _begin(settings)
+    engine = engine_of(subject, settings, 1)
     memory = Memory(settings.device)
+    whole = clips(engine, [0])[0]
+    with engine.stream(PROMPT, seconds=CHECKED_SECONDS) as blocks:
+        streamed = np.concatenate([block.features for block in blocks])
+    if whole.shape != streamed.shape or not np.allclose(whole, streamed, atol=1e-5):
+        tell(report.refuse(route="ours", batch=1, reason="the stream is not the clip of the same parameters"))
+        save(report.whole())
+        return report.whole()
+    firsts, between, seconds, busy, frames = [], [], [], [], 0
     for repeat in range(1 + settings.repeats):
-        began = time.perf_counter()
+        spent, began = time.process_time(), time.perf_counter()
         at, frames = [], 0
         with engine.stream(PROMPT, seconds=settings.seconds, seed=repeat) as blocks:
             for block in blocks:
@@ -133,15 +145,18 @@ def stream(settings: LiveSettings, tell: Callable[[str], None] = print) -> dict[
             firsts.append(1e3 * at[0])
             between += [1e3 * (b - a) for a, b in pairwise(at)] or [0.0]
             seconds.append(at[-1])
-    config = engine.model.tokenizer.config
+            busy.append(time.process_time() - spent)
+    config = subject.model.tokenizer.config
     tokens = frames // config.frames_per_token
     median = sorted(seconds)[len(seconds) // 2]
     row = _row(
+        subject,
         settings,
+        engine,
         "stream",
         1,
         tokens,
-        load_s=load_s,
+        check={"passed": True},
         output_throughput=tokens / median,
         frames_per_s=frames / median,
         real_time_factor=frames / median / FRAME_RATE,
@@ -149,58 +164,88 @@ def stream(settings: LiveSettings, tell: Callable[[str], None] = print) -> dict[
         **spread("block", between),
         block_frames=config.frames_per_token,
         seconds=seconds,
+        cpu_seconds=busy,
         **memory.read(),
     )
+    report.rows.append(row)
+    save(report.whole())
     tell(
         f"{row['model']} {row['dtype']} stream of {settings.seconds:g} s: first frame {row['median_ttff_ms']:.1f} ms, "
         f"block of {row['block_frames']} frames {row['median_block_ms']:.2f} / {row['p99_block_ms']:.2f} ms, "
         f"{row['real_time_factor']:.1f} times real time"
     )
-    return _finish(about, settings, engine, [row])
+    return report.whole()
 
 
-def crowd(settings: LiveSettings, tell: Callable[[str], None] = print) -> dict[str, Any]:
-    """Many characters: ``itl`` is a step of everyone, their frames read in it, ``ttft`` the first, prompts prefilled."""
-    about = machine(settings.device)
-    rows: list[Row] = []
+def crowd(settings: LiveSettings, tell: Callable[[str], None] = print, save: Save = unsaved) -> dict[str, Any]:
+    """Many characters: ``itl`` is a step of everyone, their frames read in it, ``ttft`` the first, prompts prefilled.
+
+    A crowd in which somebody's frames are not those of the same character alone gets no figures, and is named.
+    """
+    report, subject = _begin(settings)
     for count in settings.characters:
-        began = time.perf_counter()
-        engine = engine_of(settings, count)
-        load_s = time.perf_counter() - began
-        memory = Memory(settings.device)
-        firsts, steps, seconds, written = [], [], [], 0
-        for repeat in range(1 + settings.repeats):
-            began = mark = time.perf_counter()
-            handles = [engine.submit(PROMPT, seconds=settings.seconds, seed=repeat, request=i) for i in range(count)]
-            times, written = [], 0
-            while handles:
-                written += engine.step()
-                handles = [handle for handle in handles if not engine.poll(handle).over]
-                mark, before = time.perf_counter(), mark
-                times.append(1e3 * (mark - before))
-            if repeat:
-                firsts.append(times[0])
-                steps += times[1:]
-                seconds.append(mark - began)
-        config = engine.model.tokenizer.config
-        tokens = round(settings.seconds * config.tokens_per_second)
-        median = sorted(seconds)[len(seconds) // 2]
-        row = _row(
-            settings,
-            "crowd",
-            count,
-            tokens,
-            load_s=load_s,
-            output_throughput=count * tokens / median,
-            real_time_factor=tokens / median / config.tokens_per_second,
-            **spread("ttft", firsts),
-            **spread("itl", steps),
-            seconds=seconds,
-            **memory.read(),
-        )
-        rows.append(row)
-        tell(
-            f"{row['model']} {row['dtype']} crowd of {count}: {row['output_throughput']:.0f} tok/s, "
-            f"step {row['median_itl_ms']:.2f} / {row['p99_itl_ms']:.2f} ms, {row['real_time_factor']:.1f} times real time"
-        )
-    return {**_finish(about, settings, engine, rows), "characters_in_real_time": characters(rows)}
+        try:
+            row = _crowd(subject, settings, count)
+        except Exception as error:
+            if not too_big(error):
+                raise
+            tell(report.refuse(route="ours", batch=count, reason=one_line(error)))
+        else:
+            if row is None:
+                reason = "a character's frames among the others are not its frames alone; no speed is reported"
+                tell(report.refuse(route="ours", batch=count, reason=reason))
+            else:
+                report.rows.append(row)
+                tell(
+                    f"{row['model']} {row['dtype']} crowd of {count}: {row['output_throughput']:.0f} tok/s, step "
+                    f"{row['median_itl_ms']:.2f} / {row['p99_itl_ms']:.2f} ms, {row['real_time_factor']:.1f} times real time"
+                )
+        report.more = {"characters_in_real_time": characters(report.rows)}
+        save(report.whole())
+        gc.collect()
+        if settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return report.whole()
+
+
+def _crowd(subject: Subject, settings: LiveSettings, count: int) -> Row | None:
+    memory = Memory(settings.device)
+    engine = engine_of(subject, settings, count)
+    check = alone_and_together(engine, count)
+    if not check["passed"]:
+        return None
+    config = subject.model.tokenizer.config
+    tokens = round(settings.seconds * config.tokens_per_second)
+    firsts, steps, seconds, busy = [], [], [], []
+    for repeat in range(1 + settings.repeats):
+        spent, began = time.process_time(), time.perf_counter()
+        mark = began
+        handles = [engine.submit(PROMPT, seconds=settings.seconds, seed=repeat, request=i) for i in range(count)]
+        times = []
+        while handles:
+            engine.step()
+            handles = [handle for handle in handles if not engine.poll(handle).over]
+            mark, before = time.perf_counter(), mark
+            times.append(1e3 * (mark - before))
+        if repeat:
+            firsts.append(times[0])
+            steps += times[1:]
+            seconds.append(mark - began)
+            busy.append(time.process_time() - spent)
+    median = sorted(seconds)[len(seconds) // 2]
+    return _row(
+        subject,
+        settings,
+        engine,
+        "crowd",
+        count,
+        tokens,
+        check=check,
+        output_throughput=count * tokens / median,
+        real_time_factor=tokens / median / config.tokens_per_second,
+        **spread("ttft", firsts),
+        **spread("itl", steps),
+        seconds=seconds,
+        cpu_seconds=busy,
+        **memory.read(),
+    )

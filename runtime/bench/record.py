@@ -1,13 +1,14 @@
 """Result files of ``kinetok bench``: their form, reading, comparing.
 
-Field names follow vLLM's benchmarks where it has the thing: ``output_throughput`` (tokens a second of all rows together),
-``median_ttft_ms`` (start to the first token), ``median_tpot_ms`` (a run's mean time a token after the first) and
-``median_itl_ms`` (the time between two tokens), each with mean, std, p95 and p99.
+Field names follow vLLM's benchmarks where it has the thing (docs/benchmarks.md lists all): ``output_throughput`` (tokens a
+second of all rows together), ``median_ttft_ms`` (start to the first token), ``median_tpot_ms`` (a run's mean time a token
+after the first), ``median_itl_ms`` (the time between two tokens) and ``median_e2el_ms`` (a whole clip), each with mean, std,
+p50, p95 and p99.
 """
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +17,51 @@ import torch
 from kinetok.errors import UserError
 from kinetok.files import whole_file
 from kinetok.runtime.bench.clock import copy_bandwidth, matmul_rate, read_bandwidth
+from kinetok.runtime.bench.machine import machine
+from kinetok.runtime.bench.schema import FORMAT, KEY, REPORT, VERSION, violation
 
-FORMAT = "kinetok-bench"
-SCHEMA = 1
 LEAST_NOISE = 0.03
-KEY = ("kind", "model", "dtype", "batch", "tokens", "route", "threads")
 
 Row = dict[str, Any]
+Save = Callable[[Mapping[str, Any]], None]
 
 
-def report(
-    about: Mapping[str, Any],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    note: str,
-    parameters: int,
-    rows: list[Row],
-    refused: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """A whole report: the machine, its measured limits, the rows, and the peers that could not run."""
-    return {
-        "format": FORMAT,
-        "schema": SCHEMA,
-        "note": note,
-        "machine": dict(about),
-        "measured": {
-            "copy_gb_per_s": copy_bandwidth(device) / 1e9,
-            "read_gb_per_s": read_bandwidth(device) / 1e9,
-            "matmul_tflop_per_s": matmul_rate(device, dtype) / 1e12,
-        },
-        "parameters": parameters,
-        "rows": rows,
-        "cannot_run": refused,
-    }
+def unsaved(report: Mapping[str, Any]) -> None:
+    """The ``Save`` of somebody who wants no file."""
+
+
+class Report:
+    """A report as it grows: the machine and its measured limits, rows, and the routes that could not run."""
+
+    def __init__(self, device: torch.device, floats: torch.dtype, note: str) -> None:
+        self.about = machine(device)  # before anything is measured: others' work at the start
+        self.device, self.floats, self.note = device, floats, note
+        self.parameters = 0
+        self.rows: list[Row] = []
+        self.refused: list[dict[str, Any]] = []
+        self.more: dict[str, Any] = {}
+
+    def refuse(self, **what: Any) -> str:
+        """Keep why a route has no figures; returns the line for the screen."""
+        self.refused.append(what)
+        return f"{what['route']} batch {what['batch']}: {what['reason']}"
+
+    def whole(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "schema": VERSION,
+            "note": self.note,
+            "machine": self.about,
+            "measured": {
+                "copy_gb_per_s": copy_bandwidth(self.device) / 1e9,
+                "read_gb_per_s": read_bandwidth(self.device) / 1e9,
+                "matmul_tflop_per_s": matmul_rate(self.device, self.floats) / 1e12,
+            },
+            "parameters": self.parameters,
+            "rows": self.rows,
+            "cannot_run": self.refused,
+            **self.more,
+        }
 
 
 def quantile_noise(seconds: Sequence[float]) -> float:
@@ -59,6 +71,9 @@ def quantile_noise(seconds: Sequence[float]) -> float:
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a report that keeps to the schema; one that does not is a bug of ours."""
+    problem = violation(report, REPORT)
+    assert problem is None, problem
     try:
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -67,24 +82,24 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file. ``UserError`` for anything else."""
+    """A result file, checked against the schema. ``UserError`` for anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected a result file of kinetok bench, got no JSON") from error
-    if not isinstance(found, dict) or not isinstance(found.get("rows"), list) or found.get("format") != FORMAT:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UserError(f"{path}: expected a result file of kinetok bench")
-    if found.get("schema") != SCHEMA:
-        raise UserError(f"{path}: expected schema {SCHEMA}, got {found.get('schema')!r}; measure anew")
-    for row in found["rows"]:
-        fine = isinstance(row, dict) and all(isinstance(row.get(key), str | int) for key in KEY)
-        seconds = row.get("seconds") if fine else None
-        numbers = isinstance(seconds, list) and all(type(x) in (int, float) and x > 0 for x in seconds)
-        if not numbers or len(seconds or ()) < 2:
-            raise UserError(f"{path}: a row lacks some of {', '.join(KEY)} or its seconds")
+    if found.get("schema") != VERSION:
+        raise UserError(f"{path}: expected schema {VERSION}, got {found.get('schema')!r}; measure anew")
+    if (problem := violation(found, REPORT)) is not None:
+        raise UserError(f"{path}: {problem}")
     return found
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in KEY)
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -93,10 +108,10 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[st
     The noise of a row is the middle half's spread of its repeats, relative to their median; two rows differ when their
     medians do by more than both noises together, and by more than 3 %. Raises ``UserError`` when no row is in both.
     """
-    old = {tuple(row[key] for key in KEY): row for row in before["rows"]}
+    old = {key_of(row): row for row in before["rows"]}
     result = []
     for row in after["rows"]:
-        key = tuple(row[name] for name in KEY)
+        key = key_of(row)
         if key not in old:
             continue
         ratio = statistics.median(old[key]["seconds"]) / statistics.median(row["seconds"])

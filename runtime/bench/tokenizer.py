@@ -1,20 +1,22 @@
 """``kinetok bench tokenizer``: tokens to frames and frames to tokens, whole clips."""
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.model.config import TokenizerConfig
 from kinetok.model.pretrained import load_pretrained
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.runtime.bench.clock import Marks, Memory, matmul_rate, spread
-from kinetok.runtime.bench.machine import machine
-from kinetok.runtime.bench.record import Row, report
+from kinetok.runtime.bench.record import Report, Row, Save, unsaved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +28,7 @@ class TokenizerSettings:
     device: torch.device
     batch: Sequence[int] = (1,)
     tokens: Sequence[int] = (1, 50, 150)
-    repeats: int = 20
+    repeats: int = 10
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -44,6 +46,17 @@ def load(settings: TokenizerSettings) -> MotionTokenizer:
         return MotionTokenizer(TokenizerConfig()).eval()
 
 
+def check_of(tokenizer: MotionTokenizer, exact: MotionTokenizer, route: str, given: Tensor) -> dict[str, Any]:
+    """The first clip against the same weights in float64: the frames' relative error, or the share of other tokens."""
+    found = getattr(tokenizer, route)(given)[:1].cpu()
+    wanted = getattr(exact, route)(given[:1].cpu() if route == "decode" else given[:1].cpu().double())
+    if route == "decode":
+        margin, allowed = float((found - wanted).norm() / wanted.norm()), 1e-3
+    else:  # a number on the edge between two levels may fall either way
+        margin, allowed = float((found != wanted).double().mean()), 0.05
+    return {"passed": margin <= allowed, "margin": margin}
+
+
 def work_of(tokenizer: MotionTokenizer, call: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products of one call."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -54,15 +67,15 @@ def work_of(tokenizer: MotionTokenizer, call: Callable[[], Any]) -> int:
 
 
 @torch.inference_mode()
-def measure(settings: TokenizerSettings, tell: Callable[[str], None] = print) -> dict[str, Any]:
+def measure(settings: TokenizerSettings, tell: Callable[[str], None] = print, save: Save = unsaved) -> dict[str, Any]:
     """The report: clips of each length and batch, decoded and encoded. fp32 throughout, as the tokenizer always is."""
     device = settings.device
-    about = machine(device)
+    report = Report(device, torch.float32, settings.note)
     began = time.perf_counter()
     tokenizer = load(settings)
     load_s = time.perf_counter() - began
-    config = tokenizer.config
-    rows: list[Row] = []
+    config, exact = tokenizer.config, copy.deepcopy(tokenizer).to("cpu", torch.float64)
+    report.parameters = sum(p.numel() for p in tokenizer.parameters())
     for batch in settings.batch:
         for count in settings.tokens:
             generator = torch.Generator(device).manual_seed(1)
@@ -70,10 +83,12 @@ def measure(settings: TokenizerSettings, tell: Callable[[str], None] = print) ->
             shape = batch, count * config.frames_per_token, config.input_dim
             frames = torch.randn(shape, generator=generator, device=device)
             memory = Memory(device)
-            for route, call in (
-                ("decode", lambda tokens=tokens: tokenizer.decode(tokens)),
-                ("encode", lambda frames=frames: tokenizer.encode(frames)),
-            ):
+            for route, given in (("decode", tokens), ("encode", frames)):
+                check = check_of(tokenizer, exact, route, given)
+                if not check["passed"]:
+                    tell(report.refuse(route=route, batch=batch, tokens=count, reason=f"is wrong by {check['margin']}"))
+                    continue
+                call = partial(getattr(tokenizer, route), given)
                 times = []
                 for _ in range(2 + settings.repeats):
                     marks = Marks(device)
@@ -82,14 +97,16 @@ def measure(settings: TokenizerSettings, tell: Callable[[str], None] = print) ->
                     times.append(marks.seconds()[0])
                 seconds = times[2:]
                 median = statistics.median(seconds)
-                row = {
+                row: Row = {
                     "kind": "tokenizer",
                     "model": settings.model or settings.preset,
                     "dtype": "fp32",
+                    "kv": "none",
                     "batch": batch,
                     "tokens": count,
                     "route": route,
                     "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+                    "check": check,
                     "load_s": load_s,
                     "output_throughput": batch * count / median,
                     "frames_per_s": batch * shape[1] / median,
@@ -99,10 +116,10 @@ def measure(settings: TokenizerSettings, tell: Callable[[str], None] = print) ->
                     "seconds": seconds,
                     **memory.read(),
                 }
-                rows.append(row)
+                report.rows.append(row)
                 tell(text_of(row))
-    parameters = sum(p.numel() for p in tokenizer.parameters())
-    return report(about, device, torch.float32, note=settings.note, parameters=parameters, rows=rows, refused=[])
+            save(report.whole())
+    return report.whole()
 
 
 def text_of(row: Row) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kinetok.model.config import DecoderConfig
-from kinetok.runtime.bench import routes
+from kinetok.runtime.bench import subject
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "runtime"
 
@@ -36,15 +36,26 @@ def test_decode(monkeypatch) -> None:
     bench = suite("bench_decode")
     monkeypatch.setattr(bench, "TOKENS", 5)
     config = DecoderConfig(n_layer=1, n_head=2, n_embd=16, codebook=60, text_dim=8, block_size=64)
-    decoder = routes.random_decoder(config, torch.device("cpu"), torch.float32)
-    once = Once()
+    monkeypatch.setattr(subject, "decoder_preset", lambda name: config)
+    model, once = subject.load("111M", None, torch.device("cpu"), "fp32"), Once()
     for name in ("ours", "uncached"):
-        bench.test_decode(once, decoder, name)
-    assert once.calls == 2
+        bench.test_decode(once, model, name)
+    bench.test_step(once, model, 30)
+    assert once.calls == 3
     if torch.cuda.is_available():
         return
     with pytest.raises(pytest.skip.Exception, match="graph: a CUDA graph needs a CUDA device"):
-        bench.test_decode(once, decoder, "graph")
+        bench.test_decode(once, model, "graph")
+
+
+def test_live() -> None:
+    bench, once = suite("bench_live"), Once()
+    model = subject.load("default", None, torch.device("cpu"), "fp32")
+    bench.test_first_frames(once, model)
+    bench.test_crowd_step(once, model, 2)
+    with bench.engine_of(model, 1).stream(bench.live.PROMPT) as stream:
+        bench.test_next_block(once, stream)
+    assert once.calls == 3
 
 
 @pytest.mark.parametrize("route", ["decode", "encode"])

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from kinetok.model.config import DecoderConfig
-from kinetok.runtime.bench import clock, decode, live, record, tokenizer
+from kinetok.runtime.bench import clock, decode, figures, live, record, subject, tokenizer
+
+CPU, FP32 = torch.device("cpu"), torch.float32
 
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch) -> None:
-    for module in (decode, record, tokenizer):
+    for module in (figures, record, tokenizer):
         for name in ("copy_bandwidth", "read_bandwidth", "matmul_rate"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda *_: 1e10)
@@ -24,10 +26,10 @@ def test_decode_then_compare(kinetok, refused, model, tmp_path) -> None:
     assert first.code == 0 and "tok/s" in first.out, first
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["note"] == "a test" and [(row["tokens"], row["route"]) for row in found["rows"]] == [
-        (4, "ours"),
-        (4, "uncached"),
         (6, "ours"),
         (6, "uncached"),
+        (4, "ours"),
+        (4, "uncached"),
     ]
     assert {"device", "torch", "commit", "load_average"} <= set(found["machine"])
     same = kinetok("bench", "compare", tmp_path / "a.json", tmp_path / "a.json")
@@ -35,9 +37,35 @@ def test_decode_then_compare(kinetok, refused, model, tmp_path) -> None:
     for row in found["rows"]:
         row["seconds"] = [9 * value for value in row["seconds"]]
     (tmp_path / "b.json").write_text(json.dumps(found))
+    faster = kinetok("bench", "compare", tmp_path / "b.json", tmp_path / "a.json")
+    assert faster.code == 0 and faster.out.count(" faster") == 4
     slower = kinetok("bench", "compare", tmp_path / "a.json", tmp_path / "b.json")
     assert slower.code == 1 and "SLOWER" in slower.out
     assert "cannot read" in refused("bench", "compare", tmp_path / "a.json", tmp_path / "c.json")
+    checked = kinetok("bench", "check", tmp_path / "a.json", tmp_path / "b.json")
+    assert checked.code == 0 and checked.out.count("4 rows, schema 2") == 2
+    del found["rows"][2]["mbu"]
+    (tmp_path / "b.json").write_text(json.dumps(found))
+    assert "rows, number 3 lacks mbu" in refused("bench", "check", tmp_path / "b.json")
+
+
+def test_wrong_tokens_of_ours_are_exit_code_1(kinetok, model, monkeypatch, tmp_path) -> None:
+    other = decode.Uncached(
+        subject.random_decoder(subject.load("", str(model), CPU, "fp32").plain.config, CPU, FP32, 9)
+    )
+    monkeypatch.setattr(decode.Backended, "ours", lambda *_: other)
+    outcome = kinetok("bench", "decode", "--model", model, "--tokens", "6", "--json", tmp_path / "w.json")
+    assert outcome.code == 1 and "other tokens" in outcome.out
+    assert record.read(tmp_path / "w.json")["cannot_run"][0]["route"] == "ours"
+
+
+def test_step(kinetok, refused, model, tmp_path) -> None:
+    arguments = "bench", "step", "--model", model, "--positions", "30,60", "--batch", "1,2", "--repeats", "5"
+    outcome = kinetok(*arguments, "--json", tmp_path / "p.json")
+    assert outcome.code == 0 and outcome.out.count("times the first position's") == 4, outcome
+    rows = record.read(tmp_path / "p.json")["rows"]
+    assert [(row["batch"], row["context"]) for row in rows] == [(1, 30), (1, 60), (2, 30), (2, 60)]
+    assert "need at least 25" in refused("bench", "step", "--positions", "10")
 
 
 def test_tokenizer(kinetok, model, tmp_path) -> None:
@@ -66,10 +94,15 @@ def test_stream_and_crowd(kinetok, model, tmp_path, kind, rows) -> None:
 
 def test_random_weights_stream_too(monkeypatch) -> None:
     small = DecoderConfig(n_layer=1, n_head=2, n_embd=16, text_dim=8)
-    monkeypatch.setattr(live, "decoder_preset", lambda name: small)
-    settings = live.LiveSettings(preset="111M", device=torch.device("cpu"), seconds=0.4)
-    (row,) = live.stream(settings, lambda line: None)["rows"]
-    assert row["tokens"] == 6 and row["model"] == "111M"
+    monkeypatch.setattr(subject, "decoder_preset", lambda name: small)
+    firsts = {}
+    for causal in (False, True):
+        settings = live.LiveSettings(preset="111M", device=CPU, seconds=1.2, causal=causal, text=3)
+        (row,) = live.stream(settings, lambda line: None)["rows"]
+        assert row["tokens"] == 18 and row["text"] == 3
+        firsts[row["model"]] = row["median_ttff_ms"]
+    # The released tokenizer's first frame needs sixteen tokens, the causal one's the first.
+    assert firsts["111M"] > firsts["111M, causal tokenizer"]
 
 
 @pytest.mark.parametrize(
@@ -80,9 +113,10 @@ def test_random_weights_stream_too(monkeypatch) -> None:
         (("decode", "--batch", "0"), "whole numbers"),
         (("decode", "--peers", "vllm"), "unknown peers"),
         (("decode", "--device", "tpu"), "device"),
-        (("stream", "--seconds", "60"), "0.2 to 10"),
+        (("stream", "--seconds", "60"), "0.4 to 10"),
         (("crowd", "--characters", "0"), "whole numbers"),
-        (("crowd", "--dtype", "int8"), "dtype"),
+        (("crowd", "--dtype", "int2"), "dtype"),
+        (("decode", "--preset", "44M", "--backend", "vulkan"), "backend"),
         (("tokenizer", "--preset", "111M"), "released or default"),
     ],
 )
