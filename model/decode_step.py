@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinetok.kernels.attention import decode_attention
 from kinetok.kernels.linear import PackedWeight, linear, pack
 from kinetok.kernels.rotary import rotary_kv_write
 from kinetok.kernels.sampling import SamplingState, greedy_step, sample_step
-from kinetok.model.decoder import MotionDecoder
+from kinetok.model.decoder import MotionDecoder, RMSNorm
+from kinetok.model.packed import PackedLinear
 
 EPS = 1e-5
 
@@ -23,29 +24,37 @@ class _Layer:
 
 
 class FusedDecoderStep:
-    """``MotionDecoder.decode_step`` from packed copies of the decoder's weights (section 3).
+    """``MotionDecoder.decode_step`` from packed copies of the decoder's weights, or from the words of a quantised one
+    (section 3).
 
-    kind and group as in ``kinetok.kernels.linear.pack``, of the blocks' products; the head is packed as ``head_kind``.
-    The learned scales of the norms are inside the packed weights. Rows stand at positions of their own, in a tensor on the
-    device, and a row's bits do not depend on the other rows. Two streams must not step with one object at the same time.
+    kind and group as in ``kinetok.kernels.linear.pack``, of the blocks' products; the head is packed as ``head_kind``. What
+    is quantised already stays as it is. The learned scales of the norms are inside the packed weights. Rows stand at
+    positions of their own, in a tensor on the device, and a row's bits do not depend on the other rows. Two streams must not
+    step with one object at the same time.
     """
 
     def __init__(self, decoder: MotionDecoder, kind: str, *, group: int = 0, head_kind: str | None = None) -> None:
+        def packed(
+            layer: nn.Module, norm: RMSNorm | None, kind: str, group: int, *, paired: bool = False
+        ) -> PackedWeight:
+            if isinstance(layer, PackedLinear):
+                return layer.packed
+            assert isinstance(layer, nn.Linear)
+            return pack(layer.weight, kind, group=group, norm_scale=norm.scale if norm else None, paired=paired)
+
         self.config = decoder.config
         self.embed = decoder.embed.weight.detach()
         self.table = decoder.rotary()
         self.layers = [
             _Layer(
-                qkv=pack(block.qkv.weight, kind, group=group, norm_scale=block.attn_norm.scale),
-                attn_out=pack(block.attn_out.weight, kind, group=group),
-                gate_up=pack(block.gate_up.weight, kind, group=group, norm_scale=block.mlp_norm.scale, paired=True),
-                down=pack(block.down.weight, kind, group=group),
+                qkv=packed(block.qkv, block.attn_norm, kind, group),
+                attn_out=packed(block.attn_out, None, kind, group),
+                gate_up=packed(block.gate_up, block.mlp_norm, kind, group, paired=True),
+                down=packed(block.down, None, kind, group),
             )
             for block in decoder.blocks
         ]
-        self.head = pack(
-            decoder.head.weight, head_kind or (kind if not group else "int8"), norm_scale=decoder.norm.scale
-        )
+        self.head = packed(decoder.head, decoder.norm, head_kind or (kind if not group else "int8"), 0)
 
     @property
     def nbytes(self) -> int:

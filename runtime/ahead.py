@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from kinetok.kernels.sampling import Draw
 from kinetok.runtime.backends import DrawingBackend
 from kinetok.runtime.character import Ahead, Character, Job
+from kinetok.runtime.memory import memory_plan
 from kinetok.runtime.steps import Steps
 
 FOREVER = 1 << 62
@@ -69,7 +70,8 @@ class DeviceSteps(Steps):
             if not character.ready:
                 character.seen = None
             character.ahead = None
-        reading = self.backend.decode_and_draw([character.slots[0] for character in characters])
+        with memory_plan(f"a step of {len(characters)} characters", self.backend.device):
+            reading = self.backend.decode_and_draw([character.slots[0] for character in characters])
         for character, ahead in zip(characters, before, strict=True):
             written = len(character.tokens)
             character.ahead = Ahead(written, (*ahead.readings[written - ahead.first :], reading))

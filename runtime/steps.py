@@ -121,7 +121,8 @@ class HostSteps(Steps):
         before = [c.seen for c in characters]
         for character in characters:
             character.seen = None
-        logits = self.backend.decode(slots, tokens)
+        with memory_plan(f"a step of {len(slots)} rows", self.backend.device):
+            logits = self.backend.decode(slots, tokens)
         for character, seen, rows in zip(
             characters, before, logits.split([len(c.slots) for c in characters]), strict=True
         ):

@@ -22,17 +22,20 @@ _PACKED: WeakKeyDictionary[MotionDecoder, FusedDecoderStep] = WeakKeyDictionary(
 
 
 def packed_step(decoder: MotionDecoder) -> FusedDecoderStep:
-    """The step of a decoder; its weights are packed once, for all backends on it.
+    """The step of a decoder; plain weights are packed once, for all backends on it, and quantised ones are used as they lie.
 
-    Raises ``UserError`` for weights that the kernels do not take, and where there is no memory for the packed copy.
+    What happens to plain weights afterwards is not seen. Raises ``UserError`` for weights that the kernels do not take, and
+    where there is no memory for the packed copy.
     """
     if decoder not in _PACKED:
         weight = decoder.embed.weight
         kinds = {value: name for name, value in FLOATS.items()}
-        if weight.dtype not in kinds or not isinstance(decoder.blocks[0].qkv, nn.Linear):
-            raise UserError(f"backend fused: expected plain weights in {', '.join(FLOATS)}; use the backend torch")
-        products = [module.weight for module in decoder.modules() if isinstance(module, nn.Linear)]
-        need = sum(product.numel() for product in products) * weight.dtype.itemsize
+        if weight.dtype not in kinds:
+            raise UserError(
+                f"backend fused: expected quantised or plain weights in {', '.join(FLOATS)}; use the backend torch"
+            )
+        products = (layer for part in (*decoder.blocks, decoder.head) for layer in part.modules())
+        need = sum(layer.weight.nbytes for layer in products if isinstance(layer, nn.Linear))
         with within_memory("a packed copy of the decoder's weights", need, weight.device):
             _PACKED[decoder] = FusedDecoderStep(decoder, kinds[weight.dtype])
     return _PACKED[decoder]
@@ -73,7 +76,7 @@ def _on_its_way(x: Tensor) -> Tensor:
 
 
 class FusedBackend(TorchBackend):
-    """``DrawingBackend`` on ``FusedDecoderStep``, with weights packed once in the decoder's dtype; texts prefilled by torch.
+    """``DrawingBackend`` on ``FusedDecoderStep``, with weights packed once; texts are prefilled by torch.
 
     Newest token, next position, draw and state of every slot are tensors on the device, which a step reads and moves on:
     decode, guidance, draw, position and end are one captured graph, and nothing in it waits for the host. A step
@@ -83,7 +86,7 @@ class FusedBackend(TorchBackend):
     **Never run on a GPU yet.**
 
     float8: keys and values are e4m3 codes, half the memory of bf16; a scale for each slot, layer and head is fixed when the
-    slot is prefilled (docs/numerics.md). Raises ``UserError`` where memory is short or the weights are not plain.
+    slot is prefilled (docs/numerics.md). Raises ``UserError`` where memory is short.
     """
 
     def __init__(self, decoder: MotionDecoder, slots: int, capacity: int, *, float8: bool = False) -> None:

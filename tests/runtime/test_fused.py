@@ -1,12 +1,16 @@
-"""The fused backend's cache in float8: its scales, who may ask for it, and what it does to the default model's tokens."""
+"""The fused backend's weights, and its cache in float8: scales, who may ask for it, what it does to the model's tokens."""
 
 import pytest
 import torch
 
 import kinetok
 from kinetok.errors import UserError
+from kinetok.model.config import DecoderConfig
+from kinetok.model.decoder import MotionDecoder
+from kinetok.model.packed import Quantisation, quantise
 from kinetok.runtime.backends import open_backend
 from kinetok.runtime.backends.fused import FusedBackend, kv_scale_of, packed_step
+from kinetok.runtime.backends.torch import TorchBackend
 
 PROMPTS = "a person walks forward", "a person dances happily while waving both arms", "someone sits down"
 
@@ -32,6 +36,25 @@ def test_weights_are_packed_once(engine) -> None:
     backends = [open_backend("fused", engine.model, 1, 20, kv) for kv in ("auto", "fp8", "fp32")]
     assert [b.slab.dtype for b in backends] == [torch.float32, torch.float8_e4m3fn, torch.float32]
     assert all(b._step is packed_step(decoder) for b in backends)
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int8", 0), ("int4", 64), ("fp8", 0)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantised_words_are_used_as_they_lie(kind: str, group: int, tied: bool) -> None:
+    torch.manual_seed(3)
+    config = DecoderConfig(n_layer=2, n_head=2, n_embd=64, codebook=60, text_dim=8, block_size=64, tie_weights=tied)
+    plain = MotionDecoder(config).eval()
+    for name, value in plain.named_parameters():
+        if name.endswith("scale"):
+            torch.nn.init.uniform_(value, 0.5, 1.5)
+    decoder = quantise(plain, Quantisation(kind=kind, group=group))
+    wanted, fused = TorchBackend(decoder, 2, 30), FusedBackend(decoder, 2, 30)
+    assert fused._step.layers[0].qkv is decoder.blocks[0].qkv.packed  # no second copy
+    text = torch.randn(5, 8)
+    assert torch.equal(*(backend.prefill(1, text, [3]) for backend in (wanted, fused)))
+    for token in (7, 0, 59, 7):
+        logits = [backend.decode([1], torch.tensor([token])) for backend in (wanted, fused)]
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
 def test_kv_is_refused_where_it_cannot_be(engine) -> None:

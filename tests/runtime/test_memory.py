@@ -102,6 +102,68 @@ def test_other_errors_are_no_matter_of_memory() -> None:
     assert "smaller model" in memory.advice(None) and "smaller model" in memory.advice(0)
 
 
+def gives_up(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    ("where", "backend", "what"),
+    [
+        ("kinetok.runtime.engine.load_pretrained", "torch", "the model default"),
+        ("kinetok.runtime.backends.torch.torch.zeros", "torch", "a cache of 32 rows of 301 positions"),
+        ("kinetok.runtime.backends.fused.FusedDecoderStep", "fused", "a packed copy of the decoder's weights"),
+        ("kinetok.runtime.crowd.StreamingDetokenizer", "torch", "a crowd of 16 characters with 301 positions each"),
+    ],
+)
+def test_an_allocator_that_gives_up_at_load_or_submit_is_one_line_with_a_plan(
+    free, monkeypatch, where: str, backend: str, what: str
+) -> None:
+    free(3 * 10**9)
+
+    def begin() -> None:
+        engine = kinetok.load(device="cpu", backend=backend)
+        job = engine._job("walk", kinetok.SamplingParams().resolve(engine.model.sampling), 0, 301)
+        monkeypatch.setattr(where, gives_up)
+        engine._start().submit(job, "walk")
+
+    if where.endswith("load_pretrained"):
+        monkeypatch.setattr(where, gives_up)
+    with pytest.raises(UserError) as caught:
+        begin()
+    line = str(caught.value)
+    assert line.startswith(f"out of memory: {what} did not fit on cpu; what fits: ") and "default in fp32" in line
+    assert "\n" not in line and "Tried" not in line
+
+
+@pytest.mark.parametrize(("backend", "step"), [("torch", "decode"), ("fused", "decode_and_draw")])
+def test_memory_that_runs_out_in_a_step_is_one_line_and_the_crowd_goes_on(
+    soak, free, monkeypatch, backend: str, step: str
+) -> None:
+    free(3 * 10**9)
+    engine = soak.small_engine(backend=backend)
+    handle = engine.submit("walk", seconds=0.4)
+    engine.step()
+    crowd = engine._start().scheduler.backend
+    healthy = getattr(crowd, step)
+    monkeypatch.setattr(crowd, step, gives_up)
+    with pytest.raises(UserError, match=r"out of memory: a step of 1 .* did not fit on cpu; what fits"):
+        engine.step()
+    monkeypatch.setattr(crowd, step, healthy)
+    while engine.step():
+        pass
+    clip = engine.generate("walk", seconds=0.4)[0]
+    assert abs(engine.poll(handle).motion.features - clip.features).max() < 1e-5
+
+
+def test_a_crowd_that_cannot_be_made_for_another_reason_says_that_reason(soak, monkeypatch) -> None:
+    def breaks(*_: object) -> None:
+        raise RuntimeError("no such tokenizer")
+
+    monkeypatch.setattr("kinetok.runtime.crowd.StreamingDetokenizer", breaks)
+    with pytest.raises(RuntimeError, match="no such tokenizer"):
+        soak.small_engine().submit("walk")
+
+
 def test_bytes_available_here() -> None:
     found = memory.bytes_available(CPU)
     assert found is None or 10**7 < found < 10**14
