@@ -265,6 +265,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     [
         ("no folder", "expected a folder of motion files"),
         ("empty", "expected motion files"),
+        ("set", "it is a motion set already; train on it with --data"),
         ("no captions", "none can be used: kicks/front.bvh: no captions"),
         ("columns", "the columns file and caption, separated by commas, got 'file;caption'"),
         ("table bytes", "expected a UTF-8 table"),
@@ -280,6 +281,8 @@ def test_nothing_is_written_when_nothing_can_be(source: Path, tmp_path: Path, da
     elif damage == "empty":
         source = tmp_path / "empty"
         source.mkdir()
+    elif damage == "set":
+        (source / "clips_mine.jsonl").write_bytes(b"")
     elif damage == "no captions":
         for path in source.rglob("*.txt"):
             path.unlink()

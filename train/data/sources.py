@@ -44,10 +44,15 @@ class Found:
 def find_sources(folder: Path, *, without: Path) -> Found:
     """The motion files of a folder with their captions, in the order of their ids; files below ``without`` do not count.
 
-    Raises ``UserError`` when there is no such folder, or when its table of captions or its splits cannot be read.
+    Raises ``UserError`` when there is no such folder, it is a motion set, or its captions or splits cannot be read.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: expected a folder of motion files and captions, but there is none")
+    if any(folder.glob("clips_*.jsonl")):
+        raise UserError(
+            f"{folder}: expected motion files and captions, but it is a motion set already; train on it with --data, or "
+            "make a clip store of it with kinetok data import --shards"
+        )
     released = all((folder / name).is_dir() for name in MOTIONMILLION[:2])
     motions, texts = (folder / name if released else folder for name in MOTIONMILLION[:2])
     found = Found()
