@@ -68,5 +68,5 @@ setup(
         "tensorrt-rtx": RTX,
         "dev": [*TEXT, *FILES, *VIEWER, *TRAIN, *DATA, *TRITON, *ONNX, *RTX, *DEV],
     },
-    entry_points={"console_scripts": ["kinetok=kinetok.cli:main"]},
+    entry_points={"console_scripts": ["kinetok=kinetok.__main__:main"]},
 )

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -69,6 +70,19 @@ def test_an_interrupt_is_one_line(kinetok, monkeypatch, tmp_path):
     monkeypatch.setattr(Motion, "load", interrupted)
     result = kinetok("convert", tmp_path / "a.npz", tmp_path / "b.npz")
     assert (result.code, result.out, result.err) == (130, "", "kinetok: interrupted\n")
+
+
+def test_an_interrupt_of_the_imports_is_one_line_too(capsys, monkeypatch):
+    from kinetok import __main__ as entry
+
+    class Interrupted(ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "kinetok.cli", Interrupted("kinetok.cli"))
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 130 and capsys.readouterr().err == "kinetok: interrupted\n"
 
 
 def test_convert_between_all(kinetok, tmp_path):

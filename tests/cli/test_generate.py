@@ -1,11 +1,14 @@
 """``kinetok generate``: what it writes, and that an interrupted run goes on where it stopped."""
 
 import json
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kinetok.motion import Motion
+from kinetok.runtime.scheduler import Scheduler
 
 WALK = "a person walks forward"
 
@@ -80,6 +83,45 @@ def test_a_file_of_prompts_is_resumed(kinetok, model, tmp_path, monkeypatch):
     assert kinetok(*command).out.count("wrote ") == 1 and lost.exists()
     assert kinetok(*command).out.count("kept  ") == 3
     assert kinetok(*command, "--seed", 5).out.count("wrote ") == 3
+
+
+@pytest.mark.parametrize("moment", ["decode", "bvh", "glb", "npz", "png", "json"])
+def test_ctrl_c_of_a_long_clip_leaves_whole_files_only(kinetok, model, tmp_path, monkeypatch, moment):
+    """In the middle of decoding, or between writing a file and giving it its name."""
+    seconds = 14 if moment == "decode" else 1
+    command = ("generate", WALK, "a person runs", "--model", model, "-o", tmp_path, "--seconds", seconds)
+    formats = ("--format", "bvh,glb,npz,png", "--backend", "torch")
+    kinetok(*command[:2], *command[3:], *formats)  # the first sentence is there
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    step, replace = Scheduler.step, Path.replace
+    seen = []
+
+    def stepped(self, *args):
+        seen.append(1)
+        if len(seen) == 180:  # of 210 tokens, behind the first slide of the window
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    def replaced(self, target):
+        if self.suffix == f".{moment}":
+            signal.raise_signal(signal.SIGINT)
+        return replace(self, target)
+
+    if moment == "decode":
+        monkeypatch.setattr(Scheduler, "step", stepped)
+    else:
+        monkeypatch.setattr(Path, "replace", replaced)
+    result = kinetok(*command, *formats)
+    assert (result.code, result.out, result.err) == (130, "", "kinetok: interrupted\n")
+    monkeypatch.undo()
+    order = [".bvh", ".glb", ".npz", ".png", ".json"]
+    whole = order[: order.index(f".{moment}")] if moment != "decode" else []
+    new = [path for path in tmp_path.iterdir() if path not in before]
+    assert sorted(path.suffix for path in new) == sorted(whole)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert all(len(Motion.load(path)) == 30 * seconds for path in new if path.suffix != ".png")
+    again = kinetok(*command, *formats)
+    assert (again.code, again.out.count("kept  "), again.out.count("wrote ")) == (0, 1, 1)
 
 
 def test_kept_clips_equal_those_of_one_run(kinetok, model, tmp_path):
