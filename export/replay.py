@@ -47,18 +47,41 @@ def replay(path: str | Path, device: str = "cpu") -> Report:
 
 
 def run(bundle: Bundle, device: str = "cpu") -> list[Outputs]:
-    """Every fixture of a bundle. Raises ``UserError`` where it has none."""
-    cases = bundle.manifest.get("golden")
-    if not isinstance(cases, list) or not cases:
+    """Every fixture of a bundle. Raises ``UserError`` where it has none, or ONNX Runtime cannot run its graphs."""
+    if not bundle.manifest["golden"]:
         raise UserError(f"{bundle.directory}: this bundle carries no golden fixtures to replay")
-    graphs = bundle.section("graphs")
-    backend = OnnxBackend(bundle, 2, bundle.number("decoder", "positions"), device)
+    try:
+        return _run(bundle, device)
+    except Exception as error:
+        # onnxruntime's exceptions have no common base of their own.
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{bundle.directory}: onnxruntime cannot run its graphs: {detail}") from error
+
+
+def _positions(case: Mapping[str, Any]) -> int:
+    """How long a cache a fixture needs."""
+    texts = [part["shape"][0] for part in (case["features"], case["empty"]) if part is not None]
+    return int(max(texts) + max(case["greedy"]["shape"][0], case["sampled"]["tokens"]["shape"][0]))
+
+
+def _tokens(bundle: Bundle, reference: Any) -> list[int]:
+    tokens, codebook = bundle.tensor(reference), bundle.number("decoder", "codebook")
+    if tokens.min() < 0 or tokens.max() >= codebook:
+        raise UserError(f"{bundle.directory}: expected golden tokens from 0 to {codebook - 1}")
+    return [int(token) for token in tokens]
+
+
+def _run(bundle: Bundle, device: str) -> list[Outputs]:
+    graphs, cases = bundle.section("graphs"), bundle.manifest["golden"]
+    backend = OnnxBackend(bundle, 2, max(map(_positions, cases)), device)
     detokenizer = OnnxDetokenizer(bundle, device)
     encoder = open_session(bundle, "text_encoder", backend.device) if "text_encoder" in graphs else None
     results: list[Outputs] = []
     for case in cases:
         wanted = {name: bundle.tensor(case[name]) for name in ("features", "first_logits", "last_logits", "frames")}
-        greedy, sampled = (bundle.tensor(part).tolist() for part in (case["greedy"], case["sampled"]["tokens"]))
+        greedy, sampled = (_tokens(bundle, part) for part in (case["greedy"], case["sampled"]["tokens"]))
         text = torch.from_numpy(wanted["features"].copy())
         rows = [text]
         if case["sampled"]["guidance"] != 1.0:
@@ -197,6 +220,9 @@ def _greedy(output: Outputs, end: int, banned: Sequence[int], tolerance: float) 
     if output.greedy_tokens == [1] and int(output.greedy[0].argmax()) == end:
         return True, "the end token comes first"
     for at, (token, logits) in enumerate(zip(tokens, output.greedy, strict=False)):
+        if not logits.isfinite().all():
+            wrong.append(at)
+            continue
         scores = scores_of(logits, banned)[0]
         if int(scores.argmax()) != token:
             fine = drawable(token, scores, torch.zeros_like(scores), tolerance * _scale(logits))
@@ -211,6 +237,9 @@ def _sampled(output: Outputs, end: int, banned: Sequence[int], tolerance: float)
     guidance, temperature = float(about["guidance"]), float(about["temperature"])
     stretch = (abs(guidance) + abs(1 - guidance)) / temperature  # what guidance and temperature make of an error
     for at, (token, logits) in enumerate(zip(tokens, output.sampled, strict=False)):
+        if not logits.isfinite().all():
+            wrong.append(at)
+            continue
         drawn, scaled, noise = draw_token(logits, at, about, end, banned)
         if drawn != token:
             slack, top_k, top_p = tolerance * _scale(logits) * stretch, int(about["top_k"]), float(about["top_p"])

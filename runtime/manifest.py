@@ -22,6 +22,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The checked manifest of a bundle; its files are not looked at. ``UserError`` for anything else or a newer version."""
     path = folder / MANIFEST
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: expected a file")
         if (size := path.stat().st_size) > MANIFEST_BYTES:
             raise UserError(f"{path}: expected at most {MANIFEST_BYTES} bytes, got {size}")
         manifest = parse_json(path.read_bytes(), path)

@@ -16,10 +16,12 @@ from kinetok.model.decoder import MotionDecoder
 from kinetok.runtime.backends.graphs import Cache, CacheShape, GraphBackend, Run, SlotSteps
 from kinetok.runtime.backends.torch import TorchBackend
 from kinetok.runtime.bundle import Bundle
+from kinetok.runtime.manifest import MANIFEST, interface
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ONE_THREAD = 20_000_000  # parameters
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_ELEMENTS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
 def open_session(bundle: Bundle, graph: str, device: torch.device, threads: int | None = None) -> Any:
@@ -28,7 +30,19 @@ def open_session(bundle: Bundle, graph: str, device: torch.device, threads: int 
     Raises ``UserError`` where onnxruntime or its execution provider for the device is absent, or the graph is damaged.
     """
     path = bundle.graph(graph)
-    return _session(str(path), str(path), device, threads, {})
+    session = _session(str(path), str(path), device, threads, {})
+    inputs, outputs = interface(bundle.manifest, graph)
+    # What is bound to a graph is as large as the manifest says.
+    shapes = {value.name: (_ELEMENTS.get(value.type), _numbers(value.shape)) for value in session.get_inputs()}
+    results = {value.name: _ELEMENTS.get(value.type) for value in session.get_outputs()}
+    if shapes != inputs or results != {name: dtype for name, (dtype, _) in outputs.items()}:
+        raise UserError(f"{path}: not the graph that {MANIFEST} describes: export the model again")
+    return session
+
+
+def _numbers(shape: Sequence[Any]) -> tuple[int | None, ...]:
+    """A shape with its free axes as None."""
+    return tuple(size if isinstance(size, int) else None for size in shape)
 
 
 def _session(
@@ -93,9 +107,9 @@ class OnnxBackend(GraphBackend):
         }
         if capacity > sizes["positions"]:
             raise UserError(f"expected 1 to {sizes['positions']} positions, got {capacity}")
-        kv = bundle.manifest.get("kv_dtype")
+        kv = str(bundle.manifest.get("kv_dtype"))
         if kv not in _DTYPES:
-            raise UserError(f"{bundle.directory}: expected kv_dtype to be one of {list(_DTYPES)}, got {kv!r}")
+            raise UserError(f"{bundle.directory}: expected kv_dtype to be one of {list(_DTYPES)}, got {kv[:40]!r}")
         shape = CacheShape(
             layers=sizes["layers"], heads=sizes["heads"], length=capacity, head_dim=sizes["head_dim"], dtype=_DTYPES[kv]
         )
