@@ -121,9 +121,11 @@ def check_here(engines: Engines, purpose: str) -> Any:
     return trt
 
 
-def deserialize(trt: Any, path: Path) -> Any:
-    """The engine in a file. ``UserError`` with the library's words where it is none, or cannot run here."""
-    said: list[str] = []
+def deserialize(trt: Any, path: Path, said: list[str]) -> Any:
+    """The engine in a file; what it says from then on is added to ``said``.
+
+    Raises ``UserError`` with the library's words where it is none, or cannot run here.
+    """
     # The engine keeps the runtime, and the runtime its logger.
     runtime = trt.Runtime(log_into(trt, said))
     engine = runtime.deserialize_cuda_engine(path.read_bytes()) if runtime is not None else None

@@ -107,17 +107,30 @@ def _onnx(model: ModelBundle, slots: int, capacity: int, folder: str) -> Backend
     return OnnxBackend(bundle, slots, capacity, model.decoder.embed.weight.device)
 
 
-BACKENDS: dict[str, Callable[..., Any]] = {"torch": _torch, "fused": _fused, "onnx": _onnx}
+def _tensorrt(model: ModelBundle, slots: int, capacity: int, folder: str) -> Backend:
+    from kinetok.runtime.backends.tensorrt import open_engines
+    from kinetok.runtime.engines import read_engines
+
+    if not folder:
+        raise UserError(
+            "backend tensorrt runs engines: make them with kinetok export tensorrt-rtx MODEL --out DIR, and name them as "
+            "tensorrt:DIR"
+        )
+    return open_engines(read_engines(folder), model.decoder, slots, capacity)
+
+
+BACKENDS: dict[str, Callable[..., Any]] = {"torch": _torch, "fused": _fused, "onnx": _onnx, "tensorrt": _tensorrt}
 
 
 def open_backend(name: str, model: ModelBundle, slots: int, capacity: int, kv: str = "auto") -> Backend:
-    """The backend of that name for ``model``: "torch", "fused", "onnx", or "onnx:DIR" with a bundle of the same model.
+    """The backend of that name for ``model``: "torch", "fused", "onnx", "onnx:DIR" with a bundle of the same model, or
+    "tensorrt:DIR" with engines of it.
 
     kv as in ``kinetok.runtime.Engine``. Raises ``UserError`` for an unknown name, or where it cannot run.
     """
     kind, _, folder = name.partition(":")
-    if kind not in BACKENDS or (folder and kind != "onnx"):
-        raise UserError(f"backend: expected one of auto, torch, fused, onnx, onnx:DIR, got {name!r}")
+    if kind not in BACKENDS or (folder and kind not in ("onnx", "tensorrt")):
+        raise UserError(f"backend: expected one of auto, torch, fused, onnx, onnx:DIR, tensorrt:DIR, got {name!r}")
     dtype = {value: name for name, value in FLOATS.items()}.get(model.decoder.embed.weight.dtype)
     if kv not in ("auto", "fp8", dtype):
         raise UserError(f"kv: this model keeps keys and values as auto, {dtype} (its weights' type) or fp8, got {kv!r}")
@@ -125,5 +138,9 @@ def open_backend(name: str, model: ModelBundle, slots: int, capacity: int, kv: s
         raise UserError(
             f"kv: fp8 is for the backend fused alone, and this is {name}; use kv auto, or the backend fused"
         )
-    own: dict[str, dict[str, Any]] = {"onnx": {"folder": folder}, "fused": {"float8": kv == "fp8"}}
+    own: dict[str, dict[str, Any]] = {
+        "onnx": {"folder": folder},
+        "tensorrt": {"folder": folder},
+        "fused": {"float8": kv == "fp8"},
+    }
     return BACKENDS[kind](model, slots, capacity, **own.get(kind, {}))

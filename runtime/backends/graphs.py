@@ -79,6 +79,8 @@ class SlotSteps:
         """The calls that serve these slots: from a slot to before another."""
         most = self.most if self.batched else 1
         inside = sorted(slots)
+        if not inside:
+            return []
         breaks = [at + 1 for at, (a, b) in enumerate(pairwise(inside)) if b != a + 1]
         return [
             (inside[at], inside[min(at + most, last) - 1] + 1)
