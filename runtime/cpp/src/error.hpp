@@ -11,7 +11,9 @@ namespace kinetok {
 
 class Error : public std::exception {
  public:
-#if defined(__GNUC__)
+#if defined(__MINGW32__)  // where plain printf means an older one, without %zu
+  __attribute__((format(gnu_printf, 3, 4)))
+#elif defined(__GNUC__)
   __attribute__((format(printf, 3, 4)))
 #endif
   Error(kt_status code, const char* format, ...) noexcept : status(code) {
