@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kinetok.errors import UserError
-from kinetok.files import whole_file
+from kinetok.files import alone, whole_file
 from kinetok.train.checkpoints import FileCheckpoints, Found, save_whole
 from kinetok.train.journal import LOG, Journal, Silent
 from kinetok.train.optim import Average, LoopConfig, adamw, learning_rate
@@ -115,22 +115,6 @@ class OneProcess:
         return {name: float(value.detach()) for name, value in values.items()}
 
 
-@contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Hold the run's folder, so that a second process with the same --out is refused while this one lives."""
-    from filelock import FileLock, Timeout  # torch brings it
-
-    lock = FileLock(run / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{run}: another process is training in this folder; name another with --out") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _with_defaults(identity: Any) -> Any:
     """An identity from before a loop option existed is one with the option's default."""
     inner = identity.get("identity") if isinstance(identity, dict) else None
@@ -203,7 +187,7 @@ def fit(
     processes.agree(lambda: _open(run, checkpoints, described, resume))
     with ExitStack() as stack:
         if processes.rank == 0:
-            stack.enter_context(_alone(run))
+            stack.enter_context(alone(run, "training in this folder; name another with --out"))
         return _train(task, config, run, described, processes, checkpoints, stack, sample, sample_every)
 
 

@@ -72,3 +72,22 @@ def whole_directory(out: Path, replaceable: Callable[[Path], bool], kind: str) -
         for leftover in (temporary, old.parent if old is not None else None):
             if leftover is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, work: str) -> Iterator[None]:
+    """Hold a folder, which must be there: a second process that wants it is told that another one is at ``work``.
+
+    Raises ``UserError`` then, and ``OSError`` where the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout  # torch brings it
+
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{folder}: another process is {work}") from error
+    try:
+        yield
+    finally:
+        lock.release()

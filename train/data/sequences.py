@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.files import whole_file
+from kinetok.files import alone, whole_file
 from kinetok.model.text import TextEncoder, text_encoder
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.train.data.registry import Registry
-from kinetok.train.data.shard_import import alone
 from kinetok.train.data.shards import ClipStore
 
 TOKENS_FORMAT, TEXT_FORMAT = "kinetok-tokens-2", "kinetok-text-2"
@@ -86,7 +85,7 @@ def write_tokens(
     mean, std = mean.to(device), std.to(device)
     here = _writing(out)
     try:
-        with alone(here, "writing tokens"):
+        with alone(here, "writing tokens there; wait for it"):
             # Another batch or device could round differently, and the bytes would depend on where it was interrupted.
             state = _state(here, {**about, "batch_frames": BATCH_FRAMES, "device": torch.device(device).type})
             passes = _passes(counts, unit)
@@ -182,7 +181,7 @@ def write_text(store: ClipStore, spec: Mapping[str, Any], *, progress: Progress 
         return out
     here = _writing(out)
     try:
-        with alone(here, "writing text features"):
+        with alone(here, "writing text features there; wait for it"):
             _state(here, about)
             with Registry(here / "captions.sqlite") as texts:
                 with (here / CAPTIONS).open("wb") as numbers, (here / COUNTS).open("wb") as counts:

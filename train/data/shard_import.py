@@ -7,17 +7,16 @@ Until the store is whole there is beside it
     OUT.importing/store/            the store so far
 """
 
-import contextlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kinetok.errors import UserError
-from kinetok.files import whole_file
+from kinetok.files import alone, whole_file
 from kinetok.model.text import check_prompt
 from kinetok.motion.skeleton import FPS
 from kinetok.train.data.arrays import check_features
@@ -82,22 +81,6 @@ class _Progress:
             temporary.write_text(json.dumps({name: getattr(self, name) for name in _Progress.__slots__}))
 
 
-@contextlib.contextmanager
-def alone(folder: Path, work: str) -> Iterator[None]:
-    """Hold a folder, which must be there, so that a second process at the same work is refused while this one lives."""
-    from filelock import FileLock, Timeout  # torch brings it
-
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{folder}: another process is {work} there; wait for it") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def import_shards(
     source: str | Path,
     out: str | Path,
@@ -125,7 +108,7 @@ def import_shards(
         if here.exists() and not (here / PROGRESS).exists() and any(one.name[0] != "." for one in here.iterdir()):
             raise UserError(f"{here}: expected a new folder or an interrupted import, but it holds other files")
         here.mkdir(parents=True, exist_ok=True)
-        with alone(here, "importing"):
+        with alone(here, "importing there; wait for it"):
             state = _begin(here, f"{source.resolve()}, {clips} clips a shard", listing)
             return _import(source, here, out, state, listing, clips, progress)
     except OSError as error:
