@@ -66,6 +66,7 @@ plain() {
 }
 
 step correctness 170 "$PYTHON" benchmarks/kernels/check_gpu.py --json "$OUT/correctness.json" --seconds 150
+step fused 70 "$PYTHON" benchmarks/runtime/check_fused.py --json "$OUT/fused.json"
 plain "${OPS[@]:0:2}"
 step decode 90 "$PYTHON" -m kinetok bench decode --device cuda --dtype bf16 --preset 7B --tokens 150 --peers hf,graph \
   --json "$OUT/decode_7B.json"

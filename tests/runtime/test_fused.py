@@ -6,10 +6,11 @@ import torch
 import kinetok
 from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig
+from kinetok.model.decode_step import FusedDecoderStep
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.packed import Quantisation, quantise
 from kinetok.runtime.backends import open_backend
-from kinetok.runtime.backends.fused import FusedBackend, kv_scale_of, packed_step
+from kinetok.runtime.backends.fused import Drawn, FusedBackend, kv_scale_of, packed_step
 from kinetok.runtime.backends.torch import TorchBackend
 
 PROMPTS = "a person walks forward", "a person dances happily while waving both arms", "someone sits down"
@@ -97,3 +98,36 @@ def test_clips_are_written_through_a_float8_cache(engine) -> None:
         pass
     assert len(engine.poll(other).motion) == 12
     assert abs(engine.poll(handle).motion.features - alone.features).max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[MotionDecoder, list[torch.Tensor]]:
+    torch.manual_seed(3)
+    config = DecoderConfig(n_layer=2, n_head=2, n_embd=32, codebook=60, text_dim=8, block_size=64)
+    return MotionDecoder(config).eval(), [torch.randn(length, 8) for length in (5, 2, 9)]
+
+
+def test_what_a_gpu_will_be_asked_holds_for_the_definitions(small, script) -> None:
+    check = script("benchmarks/runtime/check_fused.py")
+    found = list(check.checks(*small, steps=9))
+    assert len(found) == 8 and all(finding.passed for finding in found), found
+    assert check.random_events("cpu", 20).passed
+
+
+def test_what_a_gpu_will_be_asked_can_be_answered_wrongly(small, script, monkeypatch) -> None:
+    check = script("benchmarks/runtime/check_fused.py")
+    logits = FusedDecoderStep.logits
+
+    def leaks(self, tokens, *rest):
+        """The first row sees how many others there are."""
+        wrong = logits(self, tokens, *rest)
+        wrong[0] += 0.5 * torch.arange(wrong.shape[1]).sin() * (len(tokens) - 1)
+        return wrong
+
+    monkeypatch.setattr(FusedDecoderStep, "logits", leaks)
+    named = {finding.name: finding.passed for finding in check.checks(*small, steps=9)}
+    assert not named["logits near torch's"] and not named["clips alone and in a crowd"]
+    monkeypatch.undo()
+    token = Drawn.token
+    monkeypatch.setattr(Drawn, "token", lambda self, slot: (token(self, slot) + 1) % 60)
+    assert not check.device_draws_as_the_host(*small, 9).passed
