@@ -209,6 +209,7 @@ def test_vectors_in_the_document() -> None:
         assert float(scalar_gumbel(int(token), int(seed), int(position), int(request))) == float(noise)
 
 
+HELD, RUNNING = 4, 0
 STATE = [field.name for field in fields(SamplingState)]
 
 
@@ -300,6 +301,33 @@ def test_rows_without_numbers_fail_alone(launcher, device) -> None:
     assert torch.equal(sampled(kernels, logits.to(device), mine, 4).cpu(), wanted)
     assert theirs.status[[0, 1, 2, 4]].tolist() == [3] * 4 and wanted[[0, 1, 2, 4]].tolist() == [4] * 4
     assert torch.equal(mine.status.cpu(), theirs.status) and torch.equal(mine.position.cpu(), theirs.position)
+
+
+@pytest.mark.parametrize("route", ["definition", "kernel"])
+def test_rows_are_put_anew_and_held(launcher, device, route: str) -> None:
+    kernels = launcher("sampling") if route == "kernel" else sampling.reference
+    device = device if route == "kernel" else torch.device("cpu")
+    logits = logits_of(11, "random")[:3].to(device)
+    state, fresh = (SamplingState.start(DRAWS[:3], device) for _ in range(2))
+    tokens = [sampled(kernels, logits, state, -1) for _ in range(2)]
+    state.put(1, DRAWS[1], 0)
+    state.put(2, replace(DRAWS[2], least=2), 1)
+    state.status[0].fill_(HELD)
+    before = names_of(state)
+    again = sampled(kernels, logits, state, -1)
+    assert again.tolist() == [-1, int(tokens[0][1]), int(tokens[1][2])]
+    assert state.position.tolist() == [2, 1, 2] and state.remaining.tolist() == [7, 8, 7]
+    assert all(torch.equal(getattr(state, name)[0], before[name][0]) for name in STATE)
+    state.status[0].fill_(RUNNING)
+    third = sampled(kernels, logits, state, -1)[0]
+    for _ in range(3):
+        wanted = sampled(kernels, logits, fresh, -1)[0]
+    assert third == wanted
+    part = state.rows(slice(1, 2))
+    sampled(kernels, logits[1:2], part, -1)
+    assert state.position.tolist() == [3, 3, 3]  # rows are views
+    with pytest.raises(UserError, match="at least one token"):
+        state.put(0, DRAWS[0], 9)
 
 
 @pytest.mark.parametrize("route", ["definition", "kernel"])
