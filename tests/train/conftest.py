@@ -1,18 +1,22 @@
 """A toy that the training loop fits, and a small folder in MotionMillion's layout."""
 
+import importlib
 import json
 import os
 import resource
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.model.tokenizer import MotionTokenizer
@@ -194,3 +198,27 @@ def killed() -> Callable[[str, Path, int], dict]:
         return json.loads(done.stdout)
 
     return run
+
+
+class Operators(TorchDispatchMode):
+    """Counts the calls of the project's operators, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = function.name().partition("::")
+        if space == "kinetok":
+            self.calls[name.partition(".")[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def through_operators(monkeypatch: pytest.MonkeyPatch) -> type[Operators]:
+    """From here on every call takes its operator, as calls with CUDA tensors do; on a CPU those run the definitions."""
+    for path in (ROOT / "kernels").glob("*/op.py"):
+        module = importlib.import_module(f"kinetok.kernels.{path.parent.name}.op")
+        if hasattr(module, "takes_op"):
+            monkeypatch.setattr(module, "takes_op", lambda *tensors: True)
+    return Operators

@@ -49,6 +49,34 @@ def test_packed_is_padded(dtype, tolerance, checkpointing) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * 10)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_part_of_a_step_on_a_gpu_is_an_operator_of_ours(request, checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    decoder = MotionDecoder(CONFIG).double()
+    packed, batch = PackedDecoder(decoder, checkpointing=checkpointing), pack(items(), CONFIG)
+    packed.train()
+    plain = packed(batch)
+    wanted = torch.autograd.grad(plain, list(decoder.parameters()))
+    with request.getfixturevalue("through_operators")() as operators:
+        loss = packed(batch)
+        gradients = torch.autograd.grad(loss, list(decoder.parameters()))
+    torch.testing.assert_close(loss, plain)
+    for one, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    layers, again = CONFIG.n_layer, 1 + checkpointing
+    assert operators.calls == {
+        "rms_norm": 2 * layers * again + 1,
+        "rms_norm_backward": 2 * layers + 1,
+        "apply_rotary": 2 * layers * again,
+        "apply_rotary_backward": 2 * layers,
+        "prefix_attention": layers * again,
+        "prefix_attention_backward": layers,
+        "swiglu": layers * again,
+        "swiglu_backward": layers,
+        "linear_cross_entropy_sum": 1,
+    }
+
+
 def test_a_sequence_does_not_see_its_neighbours() -> None:
     torch.manual_seed(0)
     decoder = MotionDecoder(CONFIG).double()

@@ -1,5 +1,6 @@
 """The paper's tokenizer on a clip store: its numbers, one process and two, and what it costs."""
 
+import contextlib
 import json
 import pickle
 from dataclasses import replace
@@ -16,7 +17,8 @@ from kinetok.train.data.stats import mean_std, streamed_mean_std
 from kinetok.train.data.store import Clip
 from kinetok.train.decoder import load_tokenizer
 from kinetok.train.loop import OneProcess
-from kinetok.train.scale_tokenizer import WindowTask, cost_lines, store_tokenizer_recipe, train
+from kinetok.train.losses import released_loss
+from kinetok.train.scale_tokenizer import StoreTokenizer, WindowTask, cost_lines, store_tokenizer_recipe, train
 
 pytest.importorskip("pyarrow", reason="a clip store has a Parquet index, and pyarrow is not installed")
 pytest.importorskip("tensorboard", reason="training logs to tensorboard, which is not installed")
@@ -71,6 +73,25 @@ def test_windows_are_drawn_from_long_enough_clips(trained_store, recipe) -> None
     many.world = 9
     with pytest.raises(UserError, match="more processes than data: 9 processes"):
         WindowTask(recipe, store, many)
+
+
+def test_fsq_and_wavelet_of_a_step_on_a_gpu_are_operators_of_ours(recipe, request) -> None:
+    torch.manual_seed(0)
+    module, frames = StoreTokenizer(recipe.model), torch.randn(2, 32, 272)
+    results = []
+    for through in (False, True):
+        operators = request.getfixturevalue("through_operators")() if through else contextlib.nullcontext()
+        with operators:
+            loss = released_loss(module(frames)[0], frames)
+            results.append(torch.autograd.grad(loss, list(module.parameters())))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert {name: operators.calls[name] for name in ("fsq_quantize", "fsq_quantize_backward", "dwt", "idwt")} == {
+        "fsq_quantize": 1,
+        "fsq_quantize_backward": 1,
+        "dwt": 2,  # of the frames, and the gradient of the inverse
+        "idwt": 1,
+    }
 
 
 def test_streamed_deviations_are_those_of_all_rows() -> None:
