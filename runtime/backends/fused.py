@@ -109,7 +109,7 @@ class FusedBackend(TorchBackend):
     @torch.inference_mode()
     def prefill(self, slot: int, text: Tensor, tokens: Sequence[int] = ()) -> Tensor:
         logits = super().prefill(slot, text, tokens)
-        self._place(slot, self.lengths[slot], FULL)
+        self._place(slot, self.lengths[slot])
         return logits
 
     def _hold(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
@@ -127,7 +127,7 @@ class FusedBackend(TorchBackend):
         super().copy(source, target)
         if self._kv_scale is not None:
             self._kv_scale[:, :, target] = self._kv_scale[:, :, source]
-        self._place(target, self.lengths[target], FULL)
+        self._place(target, self.lengths[target])
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
@@ -201,16 +201,16 @@ class FusedBackend(TorchBackend):
     def _join(self, slots: Sequence[int], lengths: Sequence[int], draw: Draw, written: int) -> None:
         first = slots[0]
         for slot, length in zip(slots, lengths, strict=True):
-            self._place(slot, length, FULL)
+            self._place(slot, length)
         self._state.put(first, draw, written)
         self._slots_of[first], self._draws[first] = list(slots), draw
 
-    def _place(self, slot: int, length: int, status: int) -> None:
+    def _place(self, slot: int, length: int) -> None:
         """What the slot holds from now on, and that nobody is to draw for it."""
         self.lengths[slot] = length
         self._taking_part = None
         self._at[slot].fill_(min(length, self.capacity - 1))
-        self._state.status[slot].fill_(status)
+        self._state.status[slot].fill_(FULL)
 
     def _choose(self, characters: Sequence[int]) -> None:
         """Let these characters draw, and hold the others."""

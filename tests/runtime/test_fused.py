@@ -5,6 +5,10 @@ import torch
 
 import kinetok
 from kinetok.errors import UserError
+from kinetok.kernels.attention import op as attention
+from kinetok.kernels.linear import op as linear
+from kinetok.kernels.rotary import op as rotary
+from kinetok.kernels.sampling import op as sampling
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decode_step import FusedDecoderStep
 from kinetok.model.decoder import MotionDecoder
@@ -12,6 +16,7 @@ from kinetok.model.packed import Quantisation, quantise
 from kinetok.runtime.backends import open_backend
 from kinetok.runtime.backends.fused import Drawn, FusedBackend, kv_scale_of, packed_step
 from kinetok.runtime.backends.torch import TorchBackend
+from kinetok.runtime.scheduler import Scheduler
 
 PROMPTS = "a person walks forward", "a person dances happily while waving both arms", "someone sits down"
 
@@ -131,3 +136,18 @@ def test_what_a_gpu_will_be_asked_can_be_answered_wrongly(small, script, monkeyp
     token = Drawn.token
     monkeypatch.setattr(Drawn, "token", lambda self, slot: (token(self, slot) + 1) % 60)
     assert not check.device_draws_as_the_host(*small, 9).passed
+
+
+def test_a_gpus_way_through_the_registered_operators_gives_the_same_clips(small, script, monkeypatch) -> None:
+    check = script("benchmarks/runtime/check_fused.py")
+    decoder, texts = small
+
+    def clips() -> list[list[int]]:
+        made = check.jobs(texts, 9)
+        crowd = Scheduler(FusedBackend(decoder, 8, 30, float8=True), decoder.config, len(made))
+        return [character.tokens for character in check._run(crowd, made, every=1)]
+
+    by_definition, called = clips(), set()
+    for family in (rotary, attention, linear, sampling):
+        monkeypatch.setattr(family, "takes_op", lambda *_, family=family: called.add(family) or True)
+    assert clips() == by_definition and len(called) == 4
