@@ -55,5 +55,5 @@ def test_step(benchmark: Any, model: subject.Subject, position: int) -> None:
     runs = step.Runs(backend, model.plain.config.codebook, features, asked, 1)
     given, (_, tokens) = runs.given[position], runs(position)
     whole = torch.cat((tokens.new_tensor(given), tokens[0]))[None]
-    assert checks.greedy(model.plain, features[None], whole, len(given))["passed"]
+    assert checks.greedy(model.plain, features[None], whole, given=len(given))["passed"]
     benchmark.pedantic(settled(lambda: runs(position)), rounds=10, warmup_rounds=1)

@@ -28,8 +28,8 @@ PEERS = ("uncached", "hf", "compile", "graph", "ort")
 class DecodeSettings:
     """What to measure: a preset's shape with random weights, "default" or ``model``: a model directory.
 
-    backend: of ours, None for ``own_backend``. onnx: a bundle of the same weights for the peer ort, which otherwise runs a
-    graph made in memory. text: positions of text in front of the tokens.
+    backend, kv: of ours, None for ``own_backend`` and "auto" for the weights' dtype. onnx: a bundle of the same weights for
+    the peer ort, which otherwise runs a graph made in memory. text: positions of text in front of the tokens.
     """
 
     preset: str = "111M"
@@ -37,6 +37,7 @@ class DecodeSettings:
     device: torch.device
     dtype: str = "fp32"
     backend: str | None = None
+    kv: str = "auto"
     batch: Sequence[int] = (1,)
     tokens: Sequence[int] = (50, 150)
     text: int = 20
@@ -72,7 +73,8 @@ def make(name: str, subject: Subject, settings: DecodeSettings, batch: int) -> A
     """Ours or a peer, ready for ``batch`` rows. Raises ``CannotRun`` with the reason."""
     capacity = settings.text + max(settings.tokens)
     if name == "ours":
-        return Backended.ours(subject.model, settings.backend or own_backend(subject.model.decoder), batch, capacity)
+        backend = settings.backend or own_backend(subject.model.decoder)
+        return Backended.ours(subject.model, backend, batch, capacity, settings.kv)
     if name == "ort":
         return Backended.onnx(subject.model, settings.onnx, batch, capacity)
     if name == "graph":
@@ -93,7 +95,7 @@ def _enter(name: str, subject: Subject, settings: DecodeSettings, features: Tens
     # Ours on a CPU and ORT hold weights of their own, the others work on the common ones.
     common = {"ours": subject.device.type != "cpu", "ort": False, "uncached": settings.dtype == "fp32"}.get(name, True)
     used = memory.added(sum(p.nbytes for p in subject.plain.parameters()) if common else 0)
-    return _Entrant(made, greedy(subject.plain, features, tokens), setup_s, first_s, used)
+    return _Entrant(made, greedy(subject.plain, features, tokens, kv=made.kv), setup_s, first_s, used)
 
 
 def _first_frame(tokenizer: MotionTokenizer, batch: int, repeats: int) -> tuple[int, float] | None:
@@ -209,7 +211,8 @@ def _rows(
     longest = count == max(settings.tokens)
     if not longest:  # the first runs wrote the longest ones
         for name in list(entrants):
-            check = greedy(subject.plain, features, entrants[name].route.run(features, count, lambda: None))
+            route = entrants[name].route
+            check = greedy(subject.plain, features, route.run(features, count, lambda: None), kv=route.kv)
             entrants[name].check = check
             if not check["passed"]:
                 report.refuse(route=name, batch=batch, tokens=count, reason=_wrong(check))

@@ -38,6 +38,7 @@ class LiveSettings:
     device: torch.device
     dtype: str = "fp32"
     backend: str | None = None
+    kv: str = "auto"
     causal: bool = False
     seconds: float = 6.0
     characters: Sequence[int] = (1, 8)
@@ -60,7 +61,8 @@ def engine_of(subject: Subject, settings: LiveSettings, characters: int) -> Engi
     rate = model.tokenizer.config.tokens_per_second
     random = settings.model is None and settings.preset != "default"
     positions = settings.text + round(settings.seconds * rate) if random else None
-    engine = Engine(model, backend=backend, characters=characters, queue=2 * characters, positions=positions)
+    limits: dict[str, Any] = {"characters": characters, "queue": 2 * characters, "positions": positions}
+    engine = Engine(model, backend=backend, kv=settings.kv, **limits)
     if random:
         engine.text = random_text(model, settings.text)  # type: ignore[assignment]
     return engine
@@ -94,12 +96,12 @@ def alone_and_together(engine: Engine, count: int) -> dict[str, Any]:
 def _row(
     subject: Subject, settings: LiveSettings, engine: Engine, kind: str, batch: int, tokens: int, **figures: Any
 ) -> Row:
-    kv = activations(settings.dtype, settings.device)
+    floats = name_of(activations(settings.dtype, settings.device))
     return {
         "kind": kind,
         "model": subject.name,
         "dtype": settings.dtype,
-        "kv": name_of(kv),
+        "kv": floats if settings.kv == "auto" else settings.kv,
         "batch": batch,
         "tokens": tokens,
         "text": len(engine.text.encode([PROMPT])[0]),

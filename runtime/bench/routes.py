@@ -73,10 +73,10 @@ class Backended:
         return self.backend.slab.dtype  # type: ignore[attr-defined]  # every backend's, though the seam does not ask for it
 
     @classmethod
-    def ours(cls, model: ModelBundle, name: str, batch: int, capacity: int) -> "Backended":
+    def ours(cls, model: ModelBundle, name: str, batch: int, capacity: int, kv: str = "auto") -> "Backended":
         """The backend of that name on a copy of the weights where it may lay them out anew."""
         model = own_copy(model)
-        return cls(open_backend(name, model, batch, capacity), model.decoder)
+        return cls(open_backend(name, model, batch, capacity, kv), model.decoder)
 
     @classmethod
     def onnx(cls, model: ModelBundle, folder: str, batch: int, capacity: int) -> "Backended":

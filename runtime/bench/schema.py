@@ -17,7 +17,13 @@ _BYTES = {"type": ["integer", "null"]}
 _CHECK = {
     "type": "object",
     "required": ["passed"],
-    "properties": {"passed": {"const": True}, "margin": _FIGURE, "near_ties": _WHOLE, "distinct_tokens": _WHOLE},
+    "properties": {
+        "passed": {"const": True},
+        "margin": _FIGURE,
+        "allowed": _FIGURE,
+        "near_ties": _WHOLE,
+        "distinct_tokens": _WHOLE,
+    },
 }
 
 

@@ -32,6 +32,7 @@ class StepSettings:
     device: torch.device
     dtype: str = "fp32"
     backend: str | None = None
+    kv: str = "auto"
     batch: Sequence[int] = (1,)
     positions: Sequence[int] = (30, 300)
     text: int = 20
@@ -134,14 +135,16 @@ def _rows(subject: Subject, settings: StepSettings, batch: int, capacity: int, r
     config = subject.plain.config
     features = torch.randn(settings.text, config.text_dim, generator=generator, device=device)
     memory = Memory(device)
-    backend = open_backend(name, own_copy(subject.model), batch + len(settings.positions), capacity)
+    slots = batch + len(settings.positions)
+    backend = open_backend(name, own_copy(subject.model), slots, capacity, settings.kv)
+    kv = backend.slab.dtype  # type: ignore[attr-defined]  # every backend's, though the seam does not ask for it
     runs = Runs(backend, config.codebook, features, settings, batch)
     checks: dict[int, dict[str, Any]] = {}
     for position in settings.positions:
         _, tokens = runs(position)
         given = runs.given[position]
         whole = torch.cat((tokens.new_tensor(given), tokens[0]))[None]
-        check = greedy(subject.plain, features[None], whole, len(given))
+        check = greedy(subject.plain, features[None], whole, given=len(given), kv=kv)
         check["passed"] = check["passed"] and bool((tokens == tokens[:1]).all())
         if check["passed"]:
             checks[position] = check
@@ -161,7 +164,6 @@ def _rows(subject: Subject, settings: StepSettings, batch: int, capacity: int, r
         each = [second for run in times[position] for second in run]
         step = statistics.median(each)
         medians = {at: [statistics.median(run) for run in times[at]] for at in (position, next(iter(checks)))}
-        kv = backend.slab.dtype  # type: ignore[attr-defined]
         rows.append(
             {
                 "kind": "step",

@@ -178,12 +178,19 @@ def test_near_ties_are_told_from_other_tokens() -> None:
     plain, text = tiny_subject().plain, features(1, 4)
     ours = routes.Uncached(plain).run(text, 8, lambda: None)
     found = checks.greedy(plain, text, ours)
-    assert found == {"passed": True, "near_ties": 0, "margin": 0.0, "distinct_tokens": len(ours.unique())}
+    assert found == {
+        "passed": True,
+        "margin": 0.0,
+        "allowed": 1e-3,
+        "near_ties": 0,
+        "distinct_tokens": len(ours.unique()),
+    }
+    assert checks.greedy(plain, text, ours, kv=torch.float8_e4m3fn)["allowed"] == checks.FP8_MARGIN
     theirs = ours.clone()
     theirs[0, 7] = (theirs[0, 7] + 1) % 240
     found = checks.greedy(plain, text, theirs)
     assert not found["passed"] and found["near_ties"] == 1 and found["margin"] > 1e-3
-    assert checks.greedy(plain, text, theirs, 7)["near_ties"] == 1
+    assert checks.greedy(plain, text, theirs, given=7)["near_ties"] == 1
     assert checks.greedy(plain, text, theirs[:, :7])["passed"]
     with torch.no_grad():  # two equal rows of the head: which of the two wins is rounding
         plain.head.weight[int(theirs[0, 7])] = plain.head.weight[int(ours[0, 7])]
@@ -243,14 +250,15 @@ def test_a_clip_that_does_not_fit_is_refused(tiny) -> None:
         step.StepSettings(device=CPU, positions=(24,))
 
 
-@pytest.mark.parametrize("backend", ["torch", "fused"])
-def test_steps_at_positions(tiny, monkeypatch, backend) -> None:
-    asked = step.StepSettings(device=CPU, positions=(8, 40), batch=(1, 3), text=4, steps=4, repeats=5, backend=backend)
+@pytest.mark.parametrize(("backend", "kv"), [("torch", "auto"), ("fused", "auto"), ("fused", "fp8")])
+def test_steps_at_positions(tiny, monkeypatch, backend, kv) -> None:
+    sizes = {"positions": (8, 40), "batch": (1, 3), "text": 4, "steps": 4, "repeats": 5}
+    asked = step.StepSettings(device=CPU, backend=backend, kv=kv, **sizes)
     seen: list[tuple[int, list[int]]] = []
     opened = step.open_backend
 
-    def watched(name, model, slots, capacity):
-        backend = opened(name, model, slots, capacity)
+    def watched(name, model, slots, capacity, kv):
+        backend = opened(name, model, slots, capacity, kv)
         method = "decode_and_draw" if name == "fused" else "decode"
         decoded = getattr(backend, method)
 
@@ -265,6 +273,7 @@ def test_steps_at_positions(tiny, monkeypatch, backend) -> None:
     report = step.measure(asked, lambda line: None)
     assert schema.violation(report, schema.REPORT) is None
     assert [(row["batch"], row["context"]) for row in report["rows"]] == [(1, 8), (1, 40), (3, 8), (3, 40)]
+    assert {row["kv"] for row in report["rows"]} == {"fp8" if kv == "fp8" else "fp32"}
     # Every run passes the same four positions around the one that is asked for, all characters at once.
     assert {number for number, _ in seen} == {1, 3}
     assert {at for _, lengths in seen for at in lengths} == {6, 7, 8, 9, 38, 39, 40, 41}

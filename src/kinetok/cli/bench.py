@@ -20,6 +20,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of a CPU; torch's own number without.")]
 Dtype = Annotated[str, typer.Option(help="fp32, fp16, bf16; weights also int8, int4, fp8.")]
 Backend = Annotated[str | None, typer.Option(help="What computes logits; the one made for the device without.")]
+Kv = Annotated[str, typer.Option(help="Keys and values: auto for the weights' dtype, or fp8.")]
 Seconds = Annotated[float, typer.Option(help="Length of each clip, up to 10.")]
 Batch = Annotated[str, typer.Option(help="Characters at once; a comma list measures each.")]
 Tokens = Annotated[str, typer.Option(help="Tokens of a clip; a comma list measures each.")]
@@ -81,6 +82,7 @@ def decode(
     device: Device = "auto",
     dtype: Dtype = "fp32",
     backend: Backend = None,
+    kv: Kv = "auto",
     batch: Batch = "1",
     tokens: Tokens = "50,150",
     text: Text = 20,
@@ -104,6 +106,7 @@ def decode(
         device=place(device, threads),
         dtype=dtype,
         backend=backend,
+        kv=kv,
         batch=numbers("batch", batch),
         tokens=numbers("tokens", tokens),
         text=text,
@@ -121,6 +124,7 @@ def step(
     device: Device = "auto",
     dtype: Dtype = "fp32",
     backend: Backend = None,
+    kv: Kv = "auto",
     batch: Batch = "1",
     positions: Annotated[
         str, typer.Option(help="Text and motion that a step sees; a comma list measures each.")
@@ -141,6 +145,7 @@ def step(
         device=place(device, threads),
         dtype=dtype,
         backend=backend,
+        kv=kv,
         batch=numbers("batch", batch),
         positions=numbers("positions", positions),
         text=text,
@@ -183,6 +188,7 @@ def stream(
     device: Device = "auto",
     dtype: Dtype = "fp32",
     backend: Backend = None,
+    kv: Kv = "auto",
     causal: Annotated[
         bool, typer.Option("--causal", help="Random weights: a tokenizer that looks at no later token.")
     ] = False,
@@ -202,6 +208,7 @@ def stream(
         device=place(device, threads),
         dtype=dtype,
         backend=backend,
+        kv=kv,
         causal=causal,
         seconds=seconds,
         text=text,
@@ -217,6 +224,7 @@ def crowd(
     device: Device = "auto",
     dtype: Dtype = "fp32",
     backend: Backend = None,
+    kv: Kv = "auto",
     characters: Annotated[str, typer.Option(help="Characters at once; a comma list measures each.")] = "1,8,32",
     seconds: Seconds = 6.0,
     text: Text = 20,
@@ -234,6 +242,7 @@ def crowd(
         device=place(device, threads),
         dtype=dtype,
         backend=backend,
+        kv=kv,
         characters=numbers("characters", characters),
         seconds=seconds,
         text=text,
