@@ -9,7 +9,7 @@ import numpy as np
 
 from kinetok.errors import UserError
 from kinetok.export.decoder import DecoderExport, module_tensors
-from kinetok.export.detokenizer import DetokenizerExport, context, why_not_streamed
+from kinetok.export.detokenizer import DetokenizerExport, StreamGraph, context
 from kinetok.export.golden import banned_ids, golden_cases, tolerance
 from kinetok.export.graph import MICROSOFT, OPSETS, Graph, TensorProto, WeightFile, check_model
 from kinetok.export.precision import Precision
@@ -18,6 +18,7 @@ from kinetok.files import whole_directory
 from kinetok.model.bank import MAX_FEATURES, PromptBank
 from kinetok.model.config import FRAME_RATE, DecoderConfig
 from kinetok.model.pretrained import ModelBundle
+from kinetok.model.streaming import whole_clip_reason
 from kinetok.motion.features import FEATURES, POSITIONS, ROTATIONS, VELOCITIES
 from kinetok.motion.skeleton import JOINT_NAMES, PARENTS
 from kinetok.runtime.backends.torch import TorchBackend
@@ -127,7 +128,7 @@ def _write(
 ) -> dict[str, Any]:
     """Every file but the manifest, which is returned."""
     absent: dict[str, str] = {}
-    states: list[tuple[str, str]] = []
+    stream: StreamGraph | None = None
     graphs: dict[str, Graph] = {}
     decoder = DecoderExport(
         config=model.decoder.config,
@@ -143,11 +144,12 @@ def _write(
     with (folder / "detokenizer.bin").open("wb") as file:
         weights = WeightFile(file, "detokenizer.bin")
         graphs["detokenize"] = detokenizer.whole(weights)
-        reason = why_not_streamed(model.tokenizer.config)
+        reason = whole_clip_reason(model.tokenizer.config)
         if reason is None:
-            graphs["detokenize_stream"], states = detokenizer.stream(weights)
-        else:
-            absent["detokenize_stream"] = reason
+            stream = detokenizer.stream(weights)
+            graphs[stream.graph.name] = stream.graph
+        if "detokenize_stream" not in graphs:
+            absent["detokenize_stream"] = reason or "the tokenizer looks ahead: detokenize_ahead streams it, late"
     text_section = {
         "type": model.text_encoder.get("type"),
         "name": model.text_encoder.get("name"),
@@ -170,11 +172,13 @@ def _write(
         path = folder / f"{name}.onnx"
         proto = graph.model()
         path.write_bytes(proto.SerializeToString())
-        allowed = ("", MICROSOFT) if precision.bits and name != "detokenize" else ("",)
+        allowed = ("", MICROSOFT) if precision.bits and not name.startswith("detokenize") else ("",)
         check_model(path, allowed)
         described[name] = {"file": path.name, **_interface(proto)}
-    if states:
-        described["detokenize_stream"]["states"] = [{"input": a, "output": b} for a, b in states]
+    if stream is not None:
+        about = described[stream.graph.name]
+        about["states"] = [{"input": before, "output": after} for before, after in stream.states]
+        about["delay_frames"] = stream.delay_frames
     bank = PromptBank.load(model.bank) if model.bank is not None else None
     golden = golden_cases(model, precision, bank, None if isinstance(encoder, str) else encoder)
     with (folder / "golden.bin").open("wb") as file:

@@ -90,9 +90,9 @@ def _run(bundle: Bundle, device: str) -> list[Outputs]:
         got = {"first_logits": followed[0, 0].numpy(), "last_logits": followed[-1, 0].numpy()}
         got["frames"] = detokenizer.decode(greedy)
         arrays = [(name, "frames" if name == "frames" else "logits", got[name], wanted[name]) for name in got]
-        if "detokenize_stream" in graphs:
+        if not graphs.keys().isdisjoint({"detokenize_stream", "detokenize_ahead"}):
             stream = detokenizer.stream()
-            pieces = [stream.push(greedy[at : at + 3]) for at in range(0, len(greedy), 3)]
+            pieces = [*(stream.push(greedy[at : at + 3]) for at in range(0, len(greedy), 3)), stream.finish()]
             arrays.append(("streamed", "frames", np.concatenate(pieces), wanted["frames"]))
         if encoder is not None and "ids" in case:
             ids = bundle.tensor(case["ids"]).astype(np.int64)[None]

@@ -11,13 +11,14 @@ import torch
 from kinetok.errors import UserError
 from kinetok.export.bundle import decoder_facts
 from kinetok.export.decoder import DecoderExport, module_tensors
-from kinetok.export.detokenizer import DetokenizerExport, why_not_streamed
+from kinetok.export.detokenizer import DetokenizerExport
 from kinetok.export.engine_builder import EngineBuilder, Sizes
 from kinetok.export.graph import WeightFile
 from kinetok.export.precision import Precision
 from kinetok.files import whole_directory
 from kinetok.model.bank import MAX_FEATURES
 from kinetok.model.pretrained import ModelBundle
+from kinetok.model.streaming import whole_clip_reason
 from kinetok.runtime.bundle import file_digest
 from kinetok.runtime.engines import ENGINES, FORMAT, VERSION, library, read_engines
 
@@ -65,8 +66,8 @@ def write_graphs(model: ModelBundle, folder: Path, precision: Precision, positio
     with (folder / "weights.bin").open("wb") as file, (folder / "detokenizer.bin").open("wb") as other:
         weights, more = WeightFile(file, "weights.bin"), WeightFile(other, "detokenizer.bin")
         graphs = [export.prefill(weights), export.decode(weights), detokenizer.whole(more)]
-        if why_not_streamed(model.tokenizer.config) is None:
-            graphs.append(detokenizer.stream(more)[0])
+        if model.tokenizer.config.causal and whole_clip_reason(model.tokenizer.config) is None:
+            graphs.append(detokenizer.stream(more).graph)
     for graph in graphs:
         (folder / f"{graph.name}.onnx").write_bytes(graph.model().SerializeToString())
     return [graph.name for graph in graphs]

@@ -93,7 +93,16 @@ _BUNDLE = fields(
     precision=text("fp32", "fp16", "int8", "int4"),
     kv_dtype=text("float32", "float16"),
     files=mapping(fields(sha256=text(), bytes=whole(0, 1 << 46)), file_name),
-    graphs=mapping(fields(("states",), file=file_name, inputs=_VALUES, outputs=_VALUES, states=each(_STATE))),
+    graphs=mapping(
+        fields(
+            ("states", "delay_frames"),
+            file=file_name,
+            inputs=_VALUES,
+            outputs=_VALUES,
+            states=each(_STATE),
+            delay_frames=whole(0, 1 << 16),
+        )
+    ),
     absent=mapping(text()),
     decoder=fields(
         layers=whole(1, 4096),
@@ -188,15 +197,16 @@ def interface(manifest: dict[str, Any], graph: str) -> tuple[dict[str, Any], dic
         return {"input_ids": ("int64", (None, 1)), "position_ids": ("int64", (None, 1)), **past}, logits | present
     if graph == "text_encoder":
         return {"input_ids": ("int64", (1, None))}, {"text_features": ("float32", (1, None, decoder["text_dim"]))}
+    clip = {name: ("int64", (None,)) for name in ("position", "end")} if graph == "detokenize_ahead" else {}
     states = manifest["graphs"][graph].get("states", [])
     shapes = {value["name"]: tuple(value["shape"][1:]) for value in manifest["graphs"][graph]["inputs"]}
     before = {state["input"]: ("float32", (None, *shapes.get(state["input"], ()))) for state in states}
     after = {state["output"]: before[state["input"]] for state in states}
     frames = {"features": ("float32", (None, None, features))}
-    return {"tokens": ("int64", (None, None)), **before}, frames | after
+    return {"tokens": ("int64", (None, None)), **clip, **before}, frames | after
 
 
-GRAPHS = ("prefill", "decode", "detokenize", "detokenize_stream", "text_encoder")
+GRAPHS = ("prefill", "decode", "detokenize", "detokenize_stream", "detokenize_ahead", "text_encoder")
 
 
 def _interfaces(manifest: dict[str, Any]) -> str | None:
@@ -204,6 +214,8 @@ def _interfaces(manifest: dict[str, Any]) -> str | None:
     for graph, about in manifest["graphs"].items():
         if graph not in GRAPHS:
             continue
+        if graph.startswith("detokenize_") and "delay_frames" not in about:
+            return f"delay_frames of {graph}"
         for state in (value for value in about["inputs"] if value["name"].startswith("state")):
             numbers = state["shape"][1:]
             if len(numbers) != 2 or not all(type(size) is int and 0 < size <= 1 << 16 for size in numbers):

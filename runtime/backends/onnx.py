@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from kinetok.errors import UserError, missing_package
 from kinetok.model.decoder import MotionDecoder
+from kinetok.model.streaming import ENDLESS
+from kinetok.motion.features import FEATURES
 from kinetok.runtime.backends.graphs import Cache, CacheShape, GraphBackend, Run, SlotSteps
 from kinetok.runtime.backends.torch import TorchBackend
 from kinetok.runtime.bundle import Bundle
@@ -180,8 +182,9 @@ class OnnxDetokenizer:
         return self._whole.run(["features"], {"tokens": self._checked(tokens)})[0][0]
 
     def stream(self) -> "OnnxStream":
-        """A clip that comes a few tokens at a time. ``UserError`` where the tokenizer looks ahead."""
-        return OnnxStream(self, open_session(self.bundle, "detokenize_stream", self.device))
+        """A clip that comes a few tokens at a time. ``UserError`` where the tokenizer needs whole clips."""
+        ahead = "detokenize_ahead" in self.bundle.section("graphs")
+        return OnnxStream(self, "detokenize_ahead" if ahead else "detokenize_stream")
 
     def _checked(self, tokens: Sequence[int]) -> np.ndarray:
         ids, codebook = np.asarray([list(tokens)], dtype=np.int64), self.bundle.number("tokenizer", "codebook")
@@ -193,18 +196,34 @@ class OnnxDetokenizer:
 class OnnxStream:
     """One clip's state between calls."""
 
-    def __init__(self, owner: OnnxDetokenizer, session: Any) -> None:
-        self._owner, self._session = owner, session
-        self._outputs = [value.name for value in session.get_outputs()]
-        self._state = {
-            value.name: np.zeros((1, *value.shape[1:]), np.float32)
-            for value in session.get_inputs()
-            if value.name != "tokens"
-        }
+    def __init__(self, owner: OnnxDetokenizer, graph: str) -> None:
+        bundle = owner.bundle
+        self._owner, self._session = owner, open_session(bundle, graph, owner.device)
+        about = bundle.section(graph, bundle.section("graphs"))
+        self._unit, self._delay = bundle.number("tokenizer", "frames_per_token"), int(about["delay_frames"])
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        shapes = {value["name"]: value["shape"][1:] for value in about["inputs"]}
+        self._state = {state["input"]: np.zeros((1, *shapes[state["input"]]), np.float32) for state in about["states"]}
+        self._next = {state["input"]: state["output"] for state in about["states"]}
+        self._ahead, self._position = graph == "detokenize_ahead", 0
 
     def push(self, tokens: Sequence[int]) -> np.ndarray:
-        """fp32 frames ``[n * frames_per_token, 272]`` of the clip's next tokens."""
-        feeds = {"tokens": self._owner._checked(tokens), **self._state}
+        """fp32 frames ``[n, 272]`` that the clip's next tokens complete, frames_per_token each where nothing looks ahead."""
+        return self._run(self._owner._checked(tokens), ENDLESS)
+
+    def finish(self) -> np.ndarray:
+        """The frames still missing of a clip that ends here; nothing may be pushed after it."""
+        missing = -(-self._delay // self._unit)
+        return self._run(np.zeros((1, missing), np.int64), self._position)
+
+    def _run(self, tokens: np.ndarray, end: int) -> np.ndarray:
+        if not tokens.size:
+            return np.zeros((0, FEATURES), np.float32)
+        clip = {"position": np.array([self._position]), "end": np.array([end])} if self._ahead else {}
+        feeds = {"tokens": tokens, **clip, **self._state}
         results = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
-        self._state = {name: results[f"next_{name}"] for name in self._state}
-        return results["features"][0]
+        self._state = {name: results[after] for name, after in self._next.items()}
+        first = self._position * self._unit - self._delay  # the number of the first frame in its clip
+        self._position += tokens.shape[1]
+        frames = results["features"][0]
+        return frames[max(0, -first) : max(0, min(len(frames), end * self._unit - first))]

@@ -72,7 +72,10 @@ def test_the_manifest_says_what_is_there(bundle, model_of) -> None:
     assert manifest["skeleton"]["offsets"] == model.offsets.tolist()
     assert manifest["features"]["mean"] == model.mean.tolist()
     assert manifest["sampling"]["guidance"] == 2.0 and manifest["provenance"] == {"made": "for a test"}
-    assert manifest["absent"].keys() == {"text_encoder"} and "bank" in manifest["absent"]["text_encoder"]
+    assert (
+        manifest["absent"].keys() == {"text_encoder", "detokenize_ahead"}
+        and "bank" in manifest["absent"]["text_encoder"]
+    )
     opened = read_bundle(bundle)
     rows = opened.tensor(manifest["bank"]["features"])
     about = manifest["bank"]["prompts"][1]
@@ -234,11 +237,19 @@ def test_a_t5_goes_with_its_tokenizer(model_of, t5_folder, tmp_path) -> None:
         export_bundle(replace(model_of(), text_encoder=spec), tmp_path / "other")
 
 
-def test_a_model_without_a_bank_and_one_that_cannot_stream(model_of, tmp_path) -> None:
+def test_a_model_without_a_bank_and_one_that_looks_ahead(model_of, tmp_path) -> None:
     model = replace(model_of({"causal": False}, tie_weights=True), bank=None)
     out = export_bundle(model, tmp_path / "out")
     manifest = json.loads((out / MANIFEST).read_text())
-    assert manifest["bank"] is None and "not causal" in manifest["absent"]["detokenize_stream"]
-    assert manifest["decoder"]["banned_ids"] == [241] and manifest["tokenizer"]["look_ahead_tokens"] > 0
-    with pytest.raises(UserError, match="no graph 'detokenize_stream': the tokenizer is not causal"):
+    assert manifest["bank"] is None and manifest["decoder"]["banned_ids"] == [241]
+    assert manifest["tokenizer"]["look_ahead_tokens"] > 0 < manifest["graphs"]["detokenize_ahead"]["delay_frames"]
+    assert "0.streamed" in {check.name for check in replay(out).checks}
+    with pytest.raises(UserError, match="no graph 'detokenize_stream': the tokenizer looks ahead"):
         read_bundle(out).graph("detokenize_stream")
+
+
+def test_a_model_that_cannot_stream(model_of, tmp_path) -> None:
+    out = export_bundle(model_of({"norm": "GN"}), tmp_path / "out")
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert "whole clip" in manifest["absent"]["detokenize_stream"] and "detokenize_ahead" not in manifest["graphs"]
+    assert "0.streamed" not in {check.name for check in replay(out).checks}
