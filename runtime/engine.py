@@ -53,10 +53,10 @@ class Engine:
     A character's tokens depend on its prompt, its parameters and its request number, and on nothing else: they are the
     same, to the bit, by whichever of the three ways and in whatever company (docs/numerics.md).
 
-    backend: "auto" (``choose_backend``), "torch", "fused", "onnx", or "onnx:DIR" with a bundle of this model. kv: how keys
-    and values are kept, "auto" for the weights' dtype, or "fp8", half of bf16's memory, with the backend fused.
-    characters: how many of a crowd run at once (twice as many without guidance); positions: of text and motion a character
-    may need, the model's own limit by default; queue: how many may wait. A crowd's memory is taken, all of it, by the first
+    backend: "auto" (``choose_backend``) or what ``open_backend`` takes. kv: how keys and values are kept, "auto" for the
+    weights' dtype, or "fp8", half of bf16's memory, with the backend fused. characters: how many of a crowd run at once
+    (twice as many without guidance); positions: of text and motion a character or a clip may need, the model's own limit by
+    default; queue: how many may wait. A crowd's memory is taken, all of it, by the first
     ``submit``. ``timings`` holds the seconds that each stage of the last ``generate`` took: text, decode, detokenize, motion.
     """
 
@@ -115,7 +115,7 @@ class Engine:
     ) -> Motion:
         model = self.model
         with self._timed("text"):
-            job = self._job(text, params, request, model.decoder.config.block_size)
+            job = self._job(text, params, request)
         with self._timed("decode"):
             # Kept from clip to clip: its slots are memory, and two threads must not share them.
             scheduler = self._spare.pop() if self._spare else self._alone()
@@ -129,8 +129,8 @@ class Engine:
             return Motion.from_features(x, offsets=model.offsets, text=text)
 
     def _alone(self) -> Scheduler:
-        config = self.model.decoder.config
-        return Scheduler(open_backend(self.backend, self.model, 2, config.block_size, self.kv), config, queue=1)
+        backend = open_backend(self.backend, self.model, 2, self.positions, self.kv)
+        return Scheduler(backend, self.model.decoder.config, queue=1)
 
     def stream(self, prompt: str, params: SamplingParams | None = None, *, request: int = 0, **keywords: Any) -> Stream:
         """Frames as they come: an iterator of ``Motion`` blocks that go on from one another (``Stream``).
@@ -140,15 +140,14 @@ class Engine:
         (``kinetok.model.streaming``). Raises ``UserError`` for what ``generate`` refuses, and for a tokenizer that cannot
         stream.
         """
-        chosen, text, size = self._params(params, keywords), check_prompt(prompt), self.model.decoder.config.block_size
+        chosen, text = self._params(params, keywords), check_prompt(prompt)
 
         def redirected(other: str, written: int) -> Job:
-            return self._job(check_prompt(other), chosen, request, size, written=written)
+            return self._job(check_prompt(other), chosen, request, written=written)
 
-        job = self._job(text, chosen, request, size)
-        return Stream(
-            Crowd(self.model, self.backend, 1, size, queue=1, kv=self.kv), job, text, redirected, self._carried
-        )
+        job = self._job(text, chosen, request)
+        crowd = Crowd(self.model, self.backend, 1, self.positions, queue=1, kv=self.kv)
+        return Stream(crowd, job, text, redirected, self._carried)
 
     def submit(
         self,
@@ -170,7 +169,7 @@ class Engine:
         if deadline is not None and not (math.isfinite(deadline) and deadline > 0):
             raise UserError(f"deadline: expected seconds from now, more than 0, got {deadline!r}")
         limit = None if deadline is None else time.monotonic() + deadline
-        return crowd.submit(self._job(text, chosen, request, self.positions, deadline=limit), text)
+        return crowd.submit(self._job(text, chosen, request, deadline=limit), text)
 
     def step(self) -> int:
         """One token for every character that runs and is read; returns how many, 0 when there is nothing to do.
@@ -206,7 +205,7 @@ class Engine:
         crowd, text = self._start(), check_prompt(prompt)
         job = crowd.job(handle)
         written = crowd.written(handle)
-        new = self._job(text, job.params, job.request, self.positions, deadline=job.deadline, written=written)
+        new = self._job(text, job.params, job.request, deadline=job.deadline, written=written)
         crowd.redirect(handle, new, self._carried, text)
 
     @property
@@ -231,7 +230,6 @@ class Engine:
         text: str,
         params: SamplingParams,
         request: int,
-        positions: int,
         *,
         deadline: float | None = None,
         written: int = 0,
@@ -240,7 +238,7 @@ class Engine:
         rate = self.model.tokenizer.config.tokens_per_second
         features = self._features(text)
         empty = self._features("") if params.guidance != 1.0 else None
-        room = positions - max(len(features), len(empty) if empty is not None else 0)
+        room = self.positions - max(len(features), len(empty) if empty is not None else 0)
         least, most = token_budget(params, self.model.sampling, rate, room)
         window = min(round(TRAINED_SECONDS * rate), room)
         return Job(

@@ -253,6 +253,18 @@ def test_an_engine_generates_the_clips_of_torch(opened, small_model, monkeypatch
         assert len(ours.root) == len(theirs.root)
 
 
+def test_engines_shorter_than_the_model(stand_in_engines, small_model, opened, monkeypatch) -> None:
+    short = stand_in_engines(small_model.decoder, positions=30)
+    monkeypatch.setitem(BACKENDS, "tensorrt", lambda model, slots, capacity, folder: opened(slots, capacity, short))
+    whole = Engine(small_model, backend="tensorrt:short")
+    monkeypatch.setattr(Engine, "_features", lambda self, text: features(5))
+    with pytest.raises(UserError, match="hold 30 positions, and 64 are asked for"):
+        whole.generate("a person walks")
+    engine = Engine(small_model, backend="tensorrt:short", positions=30)
+    (clip,) = engine.generate("a person walks", seconds=600)
+    assert len(clip.root) > 4 * 25  # longer than the cache: the window goes on by the newest tokens
+
+
 def gpu_kind() -> str:
     """The library that could run engines here; skips, saying why, where none can."""
     if not torch.cuda.is_available():
