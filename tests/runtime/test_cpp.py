@@ -19,7 +19,7 @@ from kinetok.kernels.sampling import draw, guide, gumbel
 from kinetok.model.pretrained import load_pretrained
 from kinetok.motion import Motion
 from kinetok.motion.skeleton import PARENTS
-from kinetok.runtime.sampling import SamplingParams, token_budget
+from kinetok.runtime.sampling import KEPT_SECONDS, SamplingParams, token_budget
 from kinetok.runtime.scheduler import Job, Scheduler
 
 CAPTIONS = 1500  # benchmarks/runtime/captions.py does 10,000
@@ -139,8 +139,9 @@ def _python(
         room = config.block_size - max(len(features), len(empty))
         least, most = token_budget(params, model.sampling, rate, room)
         window = min(round(10 * rate), room)
+        keep = min(round(KEPT_SECONDS * rate), window // 2)
         return Job(text=features, empty=empty if rows == 2 else None, params=params, least=written + least,
-                   most=written + most, request=request, window=window, keep=min(round(5 * rate), window // 2))  # fmt: skip
+                   most=written + most, request=request, window=window, keep=keep)  # fmt: skip
 
     character = None
     for prompt, count in steps:
