@@ -77,29 +77,23 @@ def _aot() -> list[AotCase]:
     cases = []
     for width in (11008, 512):  # the 7B, the default model
         size = block(width)
-        shared = {"constexprs": {"BLOCK": size}, "num_warps": warps(size)}
-        pointers = {"x_ptr": "*bf16", "y_ptr": "*bf16"}
-        strides = {"width": "i32", "x_stride": "i32"}
-        cases += [
-            AotCase(
-                name=f"swiglu_f{width}",
-                kernel=forward_kernel,
-                signature={**pointers, **strides},
-                aligned=(*pointers, *strides),
-                **shared,
-            ),
-            AotCase(
-                name=f"swiglu_backward_f{width}",
-                kernel=backward_kernel,
-                signature={
-                    **dict.fromkeys(("grad_ptr", "x_ptr", "grad_x_ptr"), "*bf16"),
-                    **strides,
-                    "grad_stride": "i32",
-                },
-                aligned=("grad_ptr", "x_ptr", "grad_x_ptr", *strides, "grad_stride"),
-                **shared,
-            ),
-        ]
+        numbers = {"width": "i32", "x_stride": "i32"}
+        forward = {**dict.fromkeys(("x_ptr", "y_ptr"), "*bf16"), **numbers}
+        backward = {**dict.fromkeys(("grad_ptr", "x_ptr", "grad_x_ptr"), "*bf16"), **numbers, "grad_stride": "i32"}
+        for name, kernel, signature in (
+            (f"swiglu_f{width}", forward_kernel, forward),
+            (f"swiglu_backward_f{width}", backward_kernel, backward),
+        ):
+            cases.append(
+                AotCase(
+                    name=name,
+                    kernel=kernel,
+                    signature=signature,
+                    constexprs={"BLOCK": size},
+                    aligned=tuple(signature),
+                    num_warps=warps(size),
+                )
+            )
     return cases
 
 
