@@ -11,7 +11,7 @@ from kinetok.kernels.sampling import sample
 from kinetok.model.checkpoint import load_released_decoder
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
-from kinetok.runtime import SamplingParams, generate_tokens, scheduler
+from kinetok.runtime import SamplingParams, generate_tokens, steps
 from kinetok.runtime.backends.torch import TorchBackend
 from kinetok.runtime.generate import sample_tokens
 from kinetok.runtime.sampling import token_budget
@@ -97,7 +97,7 @@ def test_the_seed_and_the_request_name_the_draw(decoder) -> None:
 
 @pytest.mark.parametrize("ahead", [1, 200, 1 << 16])
 def test_noise_drawn_ahead_gives_the_tokens_of_single_draws(decoder, monkeypatch, ahead: int) -> None:
-    monkeypatch.setattr(scheduler, "NOISE_AHEAD", ahead)  # of 61 classes: one, three and all positions at once
+    monkeypatch.setattr(steps, "NOISE_AHEAD", ahead)  # of 61 classes: one, three and all positions at once
     features = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
     params = SamplingParams(seed=11, temperature=0.7, top_k=0, top_p=0.95, guidance=1.0)
     expected: list[int] = []
