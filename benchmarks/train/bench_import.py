@@ -4,7 +4,7 @@ The source is MotionMillion's layout: folders of 500 clips of 30 frames, 32.8 kB
 to one folder, so that the source takes no room. A quarter of the clips and all of them are imported, each by a process of
 its own, whose peak memory is compared. From the smaller store the trainings' steps are drawn (packed tokens and text
 features of a 2,048 wide encoder, as a process of forty of the 7B's recipe takes them; and windows, which the tokenizer
-takes), by the training process itself and by workers.
+takes), by the training process itself and by workers, the threads that prepare steps ahead.
 
 Beside the samples a second of a worker stands what a GPU of each recipe takes at the speed that we aim at, 46 % of the 989
 TFLOP/s of an H100 in bf16: a bound by arithmetic, not a measurement.
@@ -97,15 +97,15 @@ class Encoder:
         return [torch.zeros(8 + sum(text.encode()) % 33, self.dim) for text in texts]
 
 
-def rate(steps: Iterator[Any], samples: int, seconds: float) -> float:
-    """Samples a second; the first steps, in which workers start, do not count."""
+def rates_of(steps: Iterator[Any], samples: int, seconds: float) -> tuple[float, float]:
+    """Samples a second, and a second of processor time, of all threads; the first steps do not count."""
     for _ in range(5):
         next(steps)
-    count, began = 0, time.perf_counter()
+    count, began, began_cpu = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - began < seconds:
         next(steps)
         count += samples
-    return count / (time.perf_counter() - began)
+    return count / (time.perf_counter() - began), count / (time.process_time() - began_cpu)
 
 
 def loading(folder: Path, store: Path, seconds: float) -> dict[str, Any]:
@@ -130,18 +130,13 @@ def loading(folder: Path, store: Path, seconds: float) -> dict[str, Any]:
 
     rates = []
     for workers in (0, 1, 2):
-        each = max(1, workers)
-        made = rate(load(feed.step, 0, 10**9, workers), windows, seconds)
-        read = rate(load(window, 0, 10**9, workers), windows, seconds)
-        rates.append(
-            {
-                "workers": workers,
-                "sequences_per_second": made,
-                "sequences_per_second_and_worker": made / each,
-                "windows_per_second": read,
-                "windows_per_second_and_worker": read / each,
-            }
-        )
+        row: dict[str, Any] = {"workers": workers}
+        for name, make in (("sequences", feed.step), ("windows", window)):
+            whole, cpu = rates_of(load(make, 0, 10**9, workers), windows, seconds)
+            row[f"{name}_per_second"] = whole
+            row[f"{name}_per_second_and_worker"] = whole / max(1, workers)
+            row[f"{name}_per_cpu_second"] = cpu
+        rates.append(row)
     demands = []
     for size in ("44m", "111m", "343m", "775m", "1b", "3b", "7b"):
         chosen = scale_recipe(f"motionmillion-{size}")
@@ -151,6 +146,7 @@ def loading(folder: Path, store: Path, seconds: float) -> dict[str, Any]:
                 "recipe": f"motionmillion-{size}",
                 "sequences_per_second_and_gpu": demand,
                 "workers_per_gpu": demand / rates[1]["sequences_per_second"],
+                "cores_per_gpu": demand / rates[0]["sequences_per_cpu_second"],
             }
         )
     return {"tokens_seconds": tokens_seconds, "rates": rates, "demand_at_46_percent_of_989_tflops": demands}
