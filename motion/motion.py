@@ -17,6 +17,8 @@ Floats = NDArray[np.float32]
 
 
 def _array(name: str, value: ArrayLike, *shape: int | None) -> Floats:
+    if isinstance(value, torch.Tensor):  # numpy asks it for a copy in a way that torch does not know
+        value = value.detach().to("cpu", torch.float32).numpy()
     try:
         array = np.array(value, dtype=np.float32)
     except (TypeError, ValueError) as error:

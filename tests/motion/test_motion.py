@@ -1,7 +1,10 @@
 """``Motion``: what it derives, and what it refuses."""
 
+import warnings
+
 import numpy as np
 import pytest
+import torch
 
 from kinetok.errors import UserError
 from kinetok.motion import Motion
@@ -23,6 +26,15 @@ def test_features_come_back() -> None:
     again = Motion.from_features(motion.features)
     np.testing.assert_allclose(again.rotations, motion.rotations, atol=1e-6)
     np.testing.assert_array_equal(again.features, motion.features)
+
+
+def test_tensors_are_taken_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rotations = torch.tensor(EYE, dtype=torch.bfloat16, requires_grad=True)
+        motion = Motion(rotations=rotations, root=torch.tensor(STILL))
+    assert motion.rotations.dtype == motion.root.dtype == np.float32
+    np.testing.assert_array_equal(motion.root, STILL.astype(np.float32))
 
 
 @pytest.mark.parametrize(
