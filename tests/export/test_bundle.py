@@ -72,10 +72,7 @@ def test_the_manifest_says_what_is_there(bundle, model_of) -> None:
     assert manifest["skeleton"]["offsets"] == model.offsets.tolist()
     assert manifest["features"]["mean"] == model.mean.tolist()
     assert manifest["sampling"]["guidance"] == 2.0 and manifest["provenance"] == {"made": "for a test"}
-    assert (
-        manifest["absent"].keys() == {"text_encoder", "detokenize_ahead"}
-        and "bank" in manifest["absent"]["text_encoder"]
-    )
+    assert manifest["absent"].keys() == {"text_encoder"} and "bank" in manifest["absent"]["text_encoder"]
     opened = read_bundle(bundle)
     rows = opened.tensor(manifest["bank"]["features"])
     about = manifest["bank"]["prompts"][1]
