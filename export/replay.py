@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor
 
@@ -138,6 +137,7 @@ def unrounded(bundle: Bundle, text: np.ndarray, tokens: Sequence[int]) -> np.nda
 
 
 def _unrounded_session(bundle: Bundle, name: str) -> Any:
+    import onnx
     import onnxruntime
 
     model = onnx.load(str(bundle.graph(name)), load_external_data=False)

@@ -14,6 +14,7 @@ import torch
 from kinetok.errors import UserError
 from kinetok.export.bundle import export_bundle
 from kinetok.export.replay import replay
+from kinetok.model.packed import Quantisation
 from kinetok.runtime.bundle import read_bundle
 from kinetok.runtime.manifest import MANIFEST
 
@@ -212,6 +213,12 @@ def test_a_graph_that_disagrees_is_never_put_in_place(model_of, tmp_path, monkey
 def test_options_that_do_not_exist(model_of, tmp_path, options) -> None:
     with pytest.raises(UserError, match="expected one of"):
         export_bundle(model_of(), tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantised_model_is_no_source(model_of, tmp_path) -> None:
+    with pytest.raises(UserError, match="quantised already"):
+        export_bundle(replace(model_of(), quantisation=Quantisation(kind="int8")), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
