@@ -1,7 +1,11 @@
 """The fused backend's weights, and its cache in float8: scales, who may ask for it, what it does to the model's tokens."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 import kinetok
 from kinetok.errors import UserError
@@ -151,3 +155,35 @@ def test_a_gpus_way_through_the_registered_operators_gives_the_same_clips(small,
     for family in (rotary, attention, linear, sampling):
         monkeypatch.setattr(family, "takes_op", lambda *_, family=family: called.add(family) or True)
     assert clips() == by_definition and len(called) == 4
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_the_kernels_write_the_clips_of_their_definitions(small, script, monkeypatch, float8: bool) -> None:
+    """Crowds through the launchers: on a GPU compiled, elsewhere under the interpreter; views, holes and reach included."""
+    check = script("benchmarks/runtime/check_fused.py")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(1)
+    decoder = MotionDecoder(replace(small[0].config, n_layer=1)).eval().to(device)
+    texts = [text.to(device) for text in small[1]]
+
+    def clips() -> list[list[int]]:
+        made = check.jobs(texts, 5)[:3]  # the interpreter takes a millisecond a program
+        crowd = Scheduler(FusedBackend(decoder, 5, 30, float8=float8), decoder.config, len(made))
+        return [character.tokens for character in check._run(crowd, made, every=1)]
+
+    def counted(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args: launched.add(name) or kernel(*args)  # type: ignore[func-returns-value]
+
+    launched: set[str] = set()
+    by_definition = clips()
+    for family, name in (
+        (rotary, "rotary_kv_write"),
+        (attention, "decode_attention"),
+        (linear, "packed_linear"),
+        (sampling, "sample_step"),
+        (sampling, "greedy_step"),
+    ):
+        kernels = pytest.importorskip(f"{family.__name__.rpartition('.')[0]}.triton", reason="triton is not installed")
+        monkeypatch.setattr(family, "takes_op", lambda *_: True)
+        monkeypatch.setattr(family, f"_{name}", counted(name, getattr(kernels, name)))
+    assert clips() == by_definition and len(launched) == 5
