@@ -110,6 +110,10 @@ def test_bad_lines_of_a_small_set_are_named(files: Path, tmp_path: Path) -> None
     (tmp_path / "set" / "motions_imported.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"motions_imported\.npz: expected recordings"):
         import_shards(tmp_path / "set", tmp_path / "other")
+    (tmp_path / "set" / "motions_imported.npz").unlink()
+    (tmp_path / "set" / "motions_imported.npz").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"motions_imported\.npz: expected recordings"):
+        import_shards(tmp_path / "set", tmp_path / "another")
 
 
 def test_what_cannot_be_used_is_named_and_counted(motionmillion: Path, tmp_path: Path, names: list[str]) -> None:
@@ -202,6 +206,13 @@ def test_what_an_import_goes_on_with_is_its_own(motionmillion: Path, tmp_path: P
     before = tree(here)
     with pytest.raises(UserError, match=r"an interrupted import of '.*MotionMillion, 6 clips a shard' is there"):
         import_shards(motionmillion, tmp_path / "store", clips=7)
+    shard = here / "store" / "shards" / "shard-000001.tar"
+    whole = shard.read_bytes()
+    for content in (whole[:-512], None):
+        shard.unlink() if content is None else shard.write_bytes(content)
+        with pytest.raises(UserError, match=r"shard-000001\.tar is not as it was written there; delete that folder"):
+            import_shards(motionmillion, tmp_path / "store", clips=6)
+    shard.write_bytes(whole)
     lists = motionmillion / LISTS / "val.txt"
     lists.write_text(lists.read_text().replace("clip.5", "clip.99"))
     with pytest.raises(UserError, match="the data has changed since the import was interrupted"):
@@ -269,6 +280,7 @@ def test_a_full_disk_leaves_nothing_half_written(motionmillion: Path, tmp_path: 
         ("out", "it is there already"),
         ("nothing", "MotionMillion: expected motion with captions, but none of 25 can be used: motion_data"),
         ("no folder", "there is none"),
+        ("here", "it is there already"),
     ],
 )
 def test_bad_input_writes_nothing(motionmillion: Path, tmp_path: Path, names: list[str], harm: str, says: str) -> None:
@@ -284,6 +296,8 @@ def test_bad_input_writes_nothing(motionmillion: Path, tmp_path: Path, names: li
         (source / LISTS / "train.txt").write_bytes(b"a\n\xff\n")
     elif harm == "out":
         out.mkdir()
+    elif harm == "here":
+        out = Path(".")
     elif harm == "nothing":
         for name in names:
             (source / MOTIONS / f"{name}.npy").unlink()

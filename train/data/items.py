@@ -128,7 +128,8 @@ def _motion_set(source: Path) -> Listing:
             yield f"{path.name}:{number}:{line}"
 
     total, digest = _digest(parts())
-    sizes = [f"{path.name}:{path.stat().st_size}" for path in sorted(source.glob("motions_*.npz"))]
+    files = sorted(path for path in source.glob("motions_*.npz") if path.is_file())
+    sizes = [f"{path.name}:{path.stat().st_size}" for path in files]
 
     def features(motions: MotionSet, entry: Entry) -> tuple[list[str], NDArray]:
         if entry.kind == "long":

@@ -98,7 +98,7 @@ def import_shards(
     """
     need_pyarrow()
     source, out = Path(source), Path(out)
-    here = out.with_name(f"{out.name}.importing")
+    here = out.parent / f"{out.name}.importing"
     if out.exists():
         if here.exists() and not (here / STORE).exists():  # killed when all was done but for this
             shutil.rmtree(here, ignore_errors=True)
@@ -130,19 +130,23 @@ def _begin(here: Path, source: str, listing: Listing) -> _Progress:
             )
         if state.digest != listing.digest:
             raise UserError(f"{here}: the data has changed since the import was interrupted; delete that folder")
+        for number, one in enumerate(state.shards):
+            shard, part = here / STORE / SHARDS / shard_name(number), here / PARTS / f"{number:06d}.parquet"
+            if not part.is_file() or not shard.is_file() or shard.stat().st_size != one["bytes"]:
+                raise UserError(f"{here}: {shard.name} is not as it was written there; delete that folder")
     else:
         state.save(here)
     for folder in (here / STORE / SHARDS, here / PARTS):
         folder.mkdir(parents=True, exist_ok=True)
-    names = {f"{number:06d}" for number in range(len(state.shards))}
+    numbers = range(len(state.shards))
     for folder, known in (
         (here / STORE, {SHARDS, REFUSED}),
-        (here / STORE / SHARDS, {one["name"] for one in state.shards}),
-        (here / PARTS, {f"{name}.parquet" for name in names}),
+        (here / STORE / SHARDS, {shard_name(number) for number in numbers}),
+        (here / PARTS, {f"{number:06d}.parquet" for number in numbers}),
     ):
-        for one in folder.iterdir():
-            if one.name not in known:
-                one.unlink()
+        for path in folder.iterdir():
+            if path.name not in known:
+                path.unlink()
     with (here / STORE / REFUSED).open("ab") as file:
         file.truncate(state.refused_bytes)
     return state
