@@ -43,6 +43,9 @@ float noise(uint32_t word) {
   return -log_fp32(-log_fp32(u));
 }
 
+// How many bits a weight has.
+uint32_t width(uint32_t weight) { return weight ? (bits_as<uint32_t>(static_cast<float>(weight)) >> 23) - 126 : 0; }
+
 // The weight that brings the sum of all from the largest on to `needed`. Reorders the weights; expected linear time.
 uint32_t threshold(uint32_t* first, uint32_t* last, uint64_t needed) {
   uint64_t above = 0;
@@ -88,11 +91,12 @@ float log_fp32(float x) {
   return (f + t) + e * LN2_HIGH;
 }
 
-int64_t exp2_weight(float x) {
+uint32_t exp2_weight(float x) {
   x = std::max(x, -40.0f);
-  const float whole = std::floor(x);
-  const float scale = bits_as<float>((static_cast<int32_t>(whole) + 127 + 24) * (1 << 23));
-  return static_cast<int64_t>(std::floor(horner(x - whole, EXP2) * scale));
+  // Rounded down by hand: std::floor is a call on plain x86-64, which keeps compilers from doing several at once.
+  const int32_t cut_off = static_cast<int32_t>(x), whole = cut_off - (static_cast<float>(cut_off) > x);
+  const float scale = bits_as<float>((whole + 127 + 24) * (1 << 23));
+  return static_cast<uint32_t>(static_cast<int32_t>(horner(x - static_cast<float>(whole), EXP2) * scale));
 }
 
 float gumbel(uint64_t seed, uint64_t position, uint32_t request, uint32_t token) {
@@ -153,14 +157,19 @@ void Sampler::cut(const Draw& how) {
   const auto share = static_cast<uint64_t>(std::max(1.0, std::nearbyint(how.top_p * 65536)));
   if (share >= 65536) return;
   const float most = scores_[static_cast<size_t>(greedy())];
-  uint64_t total = 0;
+  // Minus infinity weighs nothing.
+  for (size_t i = 0; i < scores_.size(); ++i) weights_[i] = exp2_weight((scores_[i] - most) * LOG2_E);
+  uint64_t total = 0, sums[33] = {};  // by width
+  for (const uint32_t weight : weights_) sums[width(weight)] += weight;
+  for (const uint64_t sum : sums) total += sum;
+  // What is looked for has the width at which the sum from the widest on reaches what is needed: few weights are left.
+  uint64_t needed = (total * share + 65535) >> 16;
+  uint32_t wide = 32;
+  for (; sums[wide] < needed; --wide) needed -= sums[wide];
   size_t count = 0;
-  for (size_t i = 0; i < scores_.size(); ++i) {
-    weights_[i] = scores_[i] == MINUS_INFINITY ? 0 : static_cast<uint32_t>(exp2_weight((scores_[i] - most) * LOG2_E));
-    total += weights_[i];
-    if (weights_[i]) picked_[count++] = weights_[i];
-  }
-  const uint32_t least = threshold(picked_.data(), picked_.data() + count, (total * share + 65535) >> 16);
+  for (const uint32_t weight : weights_)
+    if (width(weight) == wide) picked_[count++] = weight;
+  const uint32_t least = threshold(picked_.data(), picked_.data() + count, needed);
   for (size_t i = 0; i < scores_.size(); ++i)
     if (weights_[i] < least) scores_[i] = MINUS_INFINITY;
 }

@@ -13,7 +13,7 @@ namespace kinetok::sampling {
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);
 float log_fp32(float x);       // of positive normal numbers
-int64_t exp2_weight(float x);  // floor(2^x * 2^24)
+uint32_t exp2_weight(float x);  // floor(2^x * 2^24), x <= 0
 float gumbel(uint64_t seed, uint64_t position, uint32_t request, uint32_t token);
 
 struct Draw {  // the name of a draw, and how it is drawn
