@@ -116,7 +116,9 @@ def _tensorrt(model: ModelBundle, slots: int, capacity: int, folder: str) -> Bac
             "backend tensorrt runs engines: make them with kinetok export tensorrt-rtx MODEL --out DIR, and name them as "
             "tensorrt:DIR"
         )
-    return open_engines(read_engines(folder), model.decoder, slots, capacity)
+    engines = read_engines(folder)
+    engines.check_decoder(model.decoder.config)
+    return open_engines(engines, slots, capacity, model.decoder.embed.weight.device)
 
 
 BACKENDS: dict[str, Callable[..., Any]] = {"torch": _torch, "fused": _fused, "onnx": _onnx, "tensorrt": _tensorrt}

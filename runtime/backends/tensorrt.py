@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.files import whole_file
-from kinetok.model.decoder import MotionDecoder
 from kinetok.model.tensor_files import natural
 from kinetok.runtime.backends.graphs import TRIAL, CacheShape, GraphBackend, Run
 from kinetok.runtime.engines import Engines, check_here, deserialize, short
@@ -240,10 +239,9 @@ class TensorRTBackend(GraphBackend):
         self.compiled.save()
 
 
-def open_engines(engines: Engines, decoder: MotionDecoder, slots: int, capacity: int) -> TensorRTBackend:
-    """The backend on this machine's GPU. ``UserError`` where the engines are another model's, GPU's or version's."""
-    engines.check_decoder(decoder.config)
-    trt, device = check_here(engines, "backend tensorrt"), decoder.embed.weight.device
+def open_engines(engines: Engines, slots: int, capacity: int, device: torch.device) -> TensorRTBackend:
+    """The backend on a GPU of this machine. ``UserError`` for engines of another GPU or version of the library."""
+    trt = check_here(engines, "backend tensorrt")
     if device.type != "cuda":
         raise UserError(f"backend tensorrt runs on a GPU, and the model is on {device}: load it with the device cuda")
     target = "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,3 +118,29 @@ def test_engines_are_built_and_not_run_here(kinetok, refused, model, tmp_path) -
         assert "need an NVIDIA GPU" in refused("verify", out)
     (out / "decode.engine").write_bytes(b"no engine")
     assert "decode.engine: not the file that was exported" in refused("verify", out)
+
+
+def test_engines_that_run(kinetok, tmp_path, monkeypatch) -> None:
+    """With a backend that opens: there is no GPU here."""
+    from kinetok.runtime import engines
+    from kinetok.runtime.backends import tensorrt
+
+    opened = []
+
+    def opens(*about):
+        opened.append(about)
+        return SimpleNamespace(compiled=SimpleNamespace(state="sm_86.runtime.cache: 9 bytes reused"))
+
+    monkeypatch.setattr(engines, "read_engines", lambda path: path)
+    monkeypatch.setattr(tensorrt, "open_engines", opens)
+    (tmp_path / engines.ENGINES).write_text("{}")
+    outcome = kinetok("verify", tmp_path)
+    assert outcome.code == 0 and "they run; compiled kernels: sm_86.runtime.cache: 9 bytes reused" in outcome.out
+    assert opened == [(tmp_path, 1, 2, torch.device("cuda"))]
+
+
+def test_engines_that_generate_cannot_use(refused, model, tmp_path) -> None:
+    generate = ("generate", "a person runs", "--model", model, "-o", tmp_path / "out", "--backend")
+    assert "make them with kinetok export tensorrt-rtx" in refused(*generate, "tensorrt")
+    assert "holds no engines" in refused(*generate, f"tensorrt:{tmp_path}")
+    assert "expected one of auto, torch, fused, onnx, onnx:DIR, tensorrt:DIR" in refused(*generate, "torch:x")

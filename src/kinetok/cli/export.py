@@ -132,13 +132,19 @@ def verify(
 ) -> None:
     """Replay a bundle's golden fixtures here; exit code 1 and the first divergence where one disagrees.
 
-    Of engines: whether their files are whole, and whether they were built for this machine's GPU and library.
+    Of engines: whether their files are whole, were built for this machine's GPU and library, and run.
     """
-    from kinetok.runtime.engines import ENGINES, check_here, read_engines
+    from kinetok.runtime.engines import ENGINES, read_engines
 
     if (bundle / ENGINES).is_file():
-        check_here(read_engines(bundle), "kinetok verify")
-        print(f"{bundle}: whole, and built for this GPU and library")
+        import torch
+
+        from kinetok.runtime.backends.tensorrt import open_engines
+
+        backend = open_engines(read_engines(bundle), 1, 2, torch.device("cuda"))
+        print(
+            f"{bundle}: whole, built for this GPU and library, and they run; compiled kernels: {backend.compiled.state}"
+        )
         return
     from kinetok.export.replay import replay
 

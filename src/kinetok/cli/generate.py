@@ -44,7 +44,10 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     backend: Annotated[
-        str, typer.Option(help="auto, torch, fused, onnx, or onnx:DIR with a bundle of this model (kinetok export onnx).")
+        str,
+        typer.Option(
+            help="auto, torch, fused, onnx, onnx:DIR (a bundle of this model) or tensorrt:DIR (engines): kinetok export."
+        ),
     ] = "auto",
     clean: Annotated[
         bool, typer.Option("--clean-feet", help="Hold planted feet still; what that changed is printed and kept.")
