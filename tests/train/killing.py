@@ -1,8 +1,8 @@
-"""``killing.py import|tokens|text FOLDER KILLS``: run a job again and again, killed at random points, until it is done.
+"""``killing.py import|import-set|tokens|text FOLDER KILLS``: run a job until it is done, killed at random points.
 
-Every attempt is a fork that kills itself, as from outside, when it is about to touch the file system for the N-th time.
-Prints JSON: how often it was killed, at which of how many points, and the files whose bytes are not those of a run that
-nobody killed.
+FOLDER has MotionMillion or set, which are imported, or a store and a tokenizer.pt. Every attempt is a fork that kills
+itself, as from outside, when it is about to touch the file system for the N-th time. Prints JSON: how often it was killed,
+at which of how many points, and the files whose bytes are not those of a run that nobody killed.
 """
 
 import json
@@ -27,6 +27,7 @@ from kinetok.train.data.shard_import import import_shards
 from kinetok.train.data.shards import ClipStore
 
 TOUCHES = ("open", "sqlite3.connect", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
+IMPORTS = {"import": ("MotionMillion", 5), "import-set": ("set", 1)}  # source and clips a shard
 DONE = 3  # exit code: it was there already
 
 
@@ -38,10 +39,11 @@ class Letters:
 
 
 def do(job: str, folder: Path, out: Path) -> None:
-    if job == "import":
+    if job in IMPORTS:
         if out.exists():
             raise FileExistsError
-        import_shards(folder / "MotionMillion", out, clips=5)
+        source, clips = IMPORTS[job]
+        import_shards(folder / source, out, clips=clips)
     elif job == "tokens":
         torch.manual_seed(0)
         tokenizer = MotionTokenizer(TokenizerConfig(nb_code=256, code_dim=8, width=8, depth=1)).eval()
@@ -94,7 +96,7 @@ def main(job: str, folder: Path, kills: int) -> None:
 
     def begin() -> None:
         shutil.rmtree(out, ignore_errors=True)
-        if job != "import":
+        if job not in IMPORTS:
             shutil.copytree(folder / "store", out)
 
     begin()
@@ -113,8 +115,8 @@ def main(job: str, folder: Path, kills: int) -> None:
         beside = [path.name for path in folder.iterdir() if path.name.startswith("out.")]
         if code == DONE:  # all was done but for the clearing up
             try:
-                import_shards(folder / "MotionMillion", out, clips=5)
-            except UserError:
+                import_shards(folder, out)
+            except UserError:  # which says that it is there
                 beside = [path.name for path in folder.iterdir() if path.name.startswith("out.")]
         got = tree(out)
         differing |= {name for name in {*got, *whole} if got.get(name, b"?") != whole.get(name, b"!")} | set(beside)

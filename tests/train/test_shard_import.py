@@ -245,6 +245,14 @@ def test_killed_imports_end_in_the_same_store(motionmillion: Path, tmp_path: Pat
     assert result["killed"] >= 20 and result["points"] > 50 and result["differing"] == []
 
 
+def test_killed_imports_of_a_small_set_do_too(files: Path, tmp_path: Path, killed) -> None:
+    from kinetok.train.data.importing import import_motions
+
+    import_motions(files, tmp_path / "set")
+    result = killed("import-set", tmp_path, 8)
+    assert result["killed"] >= 8 and result["points"] > 50 and result["differing"] == []
+
+
 LIMITED = """
 import resource, signal, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
