@@ -118,7 +118,7 @@ class PackedDecoder(nn.Module):
             def ragged(y: Tensor) -> Tensor:
                 y = y[0].transpose(0, 1)
                 room = y.new_zeros(rows * batch.longest, *y.shape[1:])
-                return room.index_copy(0, batch.slot, y).unflatten(0, (rows, batch.longest))
+                return room.index_put((batch.slot,), y).unflatten(0, (rows, batch.longest))
 
             mixed = prefix_attention(ragged(q), ragged(k), ragged(v), batch.text_lengths, batch.lengths)
             return mixed.flatten(0, 1)[batch.slot].transpose(0, 1)[None]

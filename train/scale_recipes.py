@@ -95,7 +95,7 @@ class Cost:
     parameters: int
     processes: int
     state_bytes: int
-    gathered_bytes: int
+    working_bytes: int
     activation_bytes: int
     tokens_per_step: int
     flop_per_step: float
@@ -103,7 +103,7 @@ class Cost:
 
     @property
     def memory_bytes(self) -> int:
-        return self.state_bytes + self.gathered_bytes + self.activation_bytes
+        return self.state_bytes + self.working_bytes + self.activation_bytes
 
 
 def parameters(config: DecoderConfig) -> int:
@@ -138,9 +138,11 @@ def cost(
 ) -> Cost:
     """The cost of a recipe on ``processes`` GPUs; text and motion are mean lengths, the recipe's longest without.
 
-    State: fp32 weights, gradients, two moments (and the average) divided by the processes. Gathered: the 16-bit weights
-    and gradients that are whole at a time, which are those outside of the blocks and of two blocks. Activations: what a
-    pass of ``pass_positions`` keeps for the backward pass. Frameworks' own buffers are not in it.
+    State: fp32 weights, gradients, two moments (and the average) divided by the processes. Weights at work, in the
+    precision of the products: in one process a copy of all and the head's gradient; in many those that are whole at a
+    time, outside of the blocks and of two blocks, with their gradients. Activations: what a pass of ``pass_positions``
+    keeps for the backward pass, queries, keys and values in rows as long as the longest. Frameworks' own buffers are not
+    in it.
     """
     if processes < 1 or pass_positions < 1 or (tokens_per_second is not None and not tokens_per_second > 0):
         raise UserError("expected processes, positions and tokens a second above 0")
@@ -153,17 +155,26 @@ def cost(
     text = recipe.max_text if text is None else text
     motion = recipe.max_tokens + 1 if motion is None else motion
     positions = min(pass_positions, -(-recipe.batch // processes) * (text + motion))
-    # Of a block: its input, two normed copies, q k v rotated and not, mixed values, gate and up, their product; the
-    # residual stream is fp32.
-    kept = 2 * 4 * width + item * (2 * width + 6 * width + 2 * width + 3 * config.mlp_width)
+    # Of a block: its input and the sum after the attention, in fp32; two normed copies and the mixed values; q, k, v and
+    # the mixed values in rows; gate, up and their product.
+    padding = (recipe.max_text + recipe.max_tokens + 1) / (text + motion)
+    kept = 2 * 4 * width + item * (3 * width + 4 * width * padding + 3 * config.mlp_width)
     activations = positions * (4 * width * config.n_layer + kept if checkpointing else kept * config.n_layer)
-    chunk = positions / 10 * config.head_rows * item
+    activations += (
+        positions * (4 + 2 * item) * width
+    )  # after the blocks: a sum, the norm's result, the loss's gradient in it
+    head = config.head_rows * width
+    if processes == 1:
+        working = item * (total + head) if recipe.bf16 else item * head
+    else:
+        working = 2 * item * (outside + 2 * block)
+    chunk = min(positions / 10, 4096) * config.head_rows * item
     tokens = round(recipe.batch * (text + motion))
     return Cost(
         parameters=total,
         processes=processes,
         state_bytes=round(4 * copies * total / processes),
-        gathered_bytes=0 if processes == 1 else 2 * item * (outside + 2 * block),
+        working_bytes=working,
         activation_bytes=round(activations + chunk),
         tokens_per_step=tokens,
         flop_per_step=step_flop(config, recipe.batch, text, motion),
@@ -180,7 +191,7 @@ def cost_lines(name: str, recipe: ScaleRecipe, found: Cost, *, longest: bool) ->
         f"{name}: {found.parameters:,} parameters, {recipe.loop.steps:,} steps of {recipe.batch} clips, "
         f"learning rate {recipe.loop.lr:g}",
         f"memory per GPU, {found.processes} of them: {found.memory_bytes / gib:.1f} GiB{bound} "
-        f"(weights and optimiser {found.state_bytes / gib:.1f}, gathered {found.gathered_bytes / gib:.1f}, "
+        f"(weights and optimiser {found.state_bytes / gib:.1f}, weights at work {found.working_bytes / gib:.1f}, "
         f"activations {found.activation_bytes / gib:.1f})",
         f"tokens per step:{bound} {found.tokens_per_step:,} ({found.flop_per_step:.3g} operations)",
         f"days: {days}",

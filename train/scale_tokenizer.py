@@ -220,7 +220,7 @@ def cost_lines(
     module, gib = StoreTokenizer(recipe.model), 2**30
     total = sum(p.numel() for p in module.parameters())
     state = 4 * (4 + (recipe.loop.ema is not None)) * total / processes
-    gathered = 0 if processes == 1 else 2 * 4 * total
+    working = 0 if processes == 1 else 2 * 4 * total
     activations = kept_bytes(module, recipe.frames) * -(-recipe.batch // processes)
     tokens = recipe.batch * recipe.frames // recipe.model.frames_per_token
     days = "not measured; give --tokens-per-second RATE"
@@ -229,8 +229,8 @@ def cost_lines(
     return [
         f"{name}: {total:,} parameters, {recipe.loop.steps:,} steps of {recipe.batch} windows of {recipe.frames} frames, "
         f"learning rate {recipe.loop.lr:g}",
-        f"memory per GPU, {processes} of them: {(state + gathered + activations) / gib:.2f} GiB (weights and optimiser "
-        f"{state / gib:.2f}, gathered {gathered / gib:.2f}, activations {activations / gib:.2f})",
+        f"memory per GPU, {processes} of them: {(state + working + activations) / gib:.2f} GiB (weights and optimiser "
+        f"{state / gib:.2f}, weights at work {working / gib:.2f}, activations {activations / gib:.2f})",
         f"tokens per step: {tokens:,}",
         f"days: {days}",
     ]

@@ -156,6 +156,39 @@ def test_the_cost_counts_what_is_there(recipe) -> None:
         cost(recipe, processes=0, pass_positions=100)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_memory_is_what_autograd_keeps(recipe, checkpointing: bool, through_operators) -> None:
+    """Storages kept between forward and backward, in bf16 through the operators, as on a GPU; six blocks of width 128."""
+    config = replace(recipe.model, n_layer=6, n_embd=128, codebook=1000)
+    torch.manual_seed(0)
+    packed = PackedDecoder(MotionDecoder(config), checkpointing=checkpointing).train()
+    texts = [torch.randn(9, config.text_dim) for _ in range(8)]
+    batch = pack([(text, torch.randint(1000, (50 + 4 * (at % 2),))) for at, text in enumerate(texts)], config)
+    known = {parameter.untyped_storage().data_ptr() for parameter in packed.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        loss = packed(batch)
+    asked = replace(recipe, model=config, bf16=True, max_text=9, max_tokens=54)
+    found = cost(asked, processes=1, pass_positions=10**6, checkpointing=checkpointing, text=9, motion=53)
+    # There for a while, but not kept: a chunk of logits; of a block that is computed again everything.
+    positions = len(batch.tokens)
+    expected = found.activation_bytes - positions / 10 * config.head_rows * 2 + found.working_bytes
+    if checkpointing:
+        plain = cost(asked, processes=1, pass_positions=10**6, text=9, motion=53)
+        input_bytes = 4 * positions * config.n_embd
+        again = (plain.activation_bytes - found.activation_bytes + input_bytes * config.n_layer) / (config.n_layer - 1)
+        expected -= again + 2 * sum(p.numel() for p in packed.parameters())  # and no copies of the weights
+    assert sum(kept.values()) == pytest.approx(expected, rel=0.04)
+    del loss
+
+
 def test_operations_are_those_that_torch_counts(recipe) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
