@@ -32,7 +32,7 @@ from kinetok.runtime.bench.machine import machine
 
 LIMIT_BYTES = 3 << 30
 RUN_LAYERS = 2
-TOLERANCE = 2e-2  # of the largest logit: fp16 rounding through two layers of width 4096
+TOLERANCE = 5e-3  # of the largest logit: fp16 rounding through two layers of width 4096
 
 
 def private_bytes() -> int:
