@@ -1,9 +1,11 @@
 // A library in ONNX Runtime's place, for what the real one cannot show: threads under ThreadSanitizer, which has to see all
 // code that takes part, and providers that this machine does not have. Its graphs compute nothing sensible, but the same
 // numbers from the same inputs, and a row's numbers follow from that row's cache alone.
+#include <condition_variable>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -136,6 +138,19 @@ void encode(const Named& in, const Named& out) {
       floats(features)[at * width + i] = static_cast<float>(mix(static_cast<uint32_t>(integers(ids)[at % static_cast<size_t>(ids.shape[1])]), static_cast<uint32_t>(i)) & KEPT);
 }
 
+// For kinetok_stub_hold and kinetok_stub_calls.
+std::mutex watching;
+std::condition_variable released;
+bool held = false;
+char calls[1000];
+size_t called = 0;
+
+void watch(const Session& session) {
+  std::unique_lock<std::mutex> lock(watching);
+  released.wait(lock, [] { return !held; });
+  if (called + 1 < sizeof calls) calls[called++] = session.graph == "detokenize_stream" ? 's' : session.graph[0];
+}
+
 #define STUB(name) KT_ORT_CALL name
 
 const char* STUB(error_message)(const Status* status) { return status->message.c_str(); }
@@ -151,6 +166,7 @@ Status* STUB(create_session)(const Env*, const PathChar* path, const SessionOpti
 }
 Status* STUB(run)(Session* session, const RunOptions*, const char* const* names, const Value* const* inputs, size_t count, const char* const* out_names, size_t outputs, Value** out) {
   const Named in{names, inputs, count}, given{out_names, out, outputs};
+  watch(*session);
   try {
     if (session->graph == "prefill") prefill(in, given);
     if (session->graph == "decode") decode(in, given);
@@ -224,11 +240,29 @@ const char* KT_ORT_CALL version() { return "stub"; }
 }  // namespace
 
 #if defined(_WIN32)
-extern "C" __declspec(dllexport)
+#define STUB_EXPORT extern "C" __declspec(dllexport)
 #else
-extern "C" __attribute__((visibility("default")))
+#define STUB_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
-const Base* OrtGetApiBase() {
+
+// While it is held, calls of graphs wait.
+STUB_EXPORT void kinetok_stub_hold(bool hold) {
+  const std::lock_guard<std::mutex> lock(watching);
+  held = hold;
+  released.notify_all();
+}
+
+// The graphs called since the last question, a letter each: prefill, decode, text_encoder, detokenize_stream (s).
+STUB_EXPORT const char* kinetok_stub_calls() {
+  static char copy[sizeof calls];
+  const std::lock_guard<std::mutex> lock(watching);
+  std::memcpy(copy, calls, called);
+  copy[called] = 0;
+  called = 0;
+  return copy;
+}
+
+STUB_EXPORT const Base* OrtGetApiBase() {
   static const Base base = {get_api, version};
   return &base;
 }

@@ -1,7 +1,9 @@
 // Characters move on without taking memory. A program of its own, as it replaces operator new.
 #include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "check.hpp"
@@ -12,17 +14,41 @@ namespace {
 
 std::atomic<bool> counting{false};
 std::atomic<long> ours{0}, onnxruntimes{0};
+std::atomic<long long> held{0};  // bytes of ours that were not given back
+
+// In front of what is handed out: its size, where it really begins, and whose it is.
+struct Head {
+  void* begin;
+  size_t bytes;
+  bool ours;
+};
 
 void* counted(size_t bytes, size_t alignment) {
-  if (counting) ++(kinetok::ort::inside ? onnxruntimes : ours);
-  void* memory = alignment ? std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment) : std::malloc(bytes ? bytes : 1);
-  if (!memory) throw std::bad_alloc();
+  const bool mine = !kinetok::ort::inside;
+  if (counting) ++(mine ? ours : onnxruntimes);
+  const size_t room = (sizeof(Head) + alignment - 1) / alignment * alignment;
+  void* begin = std::aligned_alloc(alignment, (room + bytes + alignment - 1) / alignment * alignment);
+  if (!begin) throw std::bad_alloc();
+  void* memory = static_cast<char*>(begin) + room;
+  const Head head{begin, bytes, mine};
+  std::memcpy(static_cast<char*>(memory) - sizeof head, &head, sizeof head);
+  if (mine) held += static_cast<long long>(bytes);
   return memory;
 }
 
+void give_back(void* memory) {
+  if (!memory) return;
+  Head head;
+  std::memcpy(&head, static_cast<char*>(memory) - sizeof head, sizeof head);
+  if (head.ours) held -= static_cast<long long>(head.bytes);
+  std::free(head.begin);
+}
+
+constexpr size_t USUAL = alignof(std::max_align_t);
+
 }  // namespace
 
-void* operator new(size_t bytes) { return counted(bytes, 0); }
+void* operator new(size_t bytes) { return counted(bytes, USUAL); }
 void* operator new(size_t bytes, std::align_val_t alignment) { return counted(bytes, static_cast<size_t>(alignment)); }
 void* operator new(size_t bytes, std::align_val_t alignment, const std::nothrow_t&) noexcept {
   try {
@@ -31,10 +57,10 @@ void* operator new(size_t bytes, std::align_val_t alignment, const std::nothrow_
     return nullptr;
   }
 }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory) noexcept { give_back(memory); }
+void operator delete(void* memory, size_t) noexcept { give_back(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { give_back(memory); }
+void operator delete(void* memory, size_t, std::align_val_t) noexcept { give_back(memory); }
 
 TEST(no_memory_is_taken_in_passing) {
   kinetok::ort::inside = 0;
@@ -67,4 +93,30 @@ TEST(no_memory_is_taken_in_passing) {
     CHECK(tokens > 600);
     CHECK(ours == 0);
   }
+}
+
+// The host's allocator gets what is large: of the C++ heap a model keeps its names and its tables of calls.
+TEST(little_is_kept_on_the_heap) {
+  kinetok::ort::inside = 0;
+  static std::atomic<long long> hosts;
+  hosts = 0;
+  auto options = sized<kt_model_options>();
+  options.characters = 2;
+  options.flags = KT_OPEN_NO_HASHES;
+  options.allocate = [](void*, size_t bytes, size_t alignment) -> void* {
+    hosts += static_cast<long long>(bytes);
+    return std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  };
+  options.release = [](void*, void* memory, size_t bytes) {
+    hosts -= static_cast<long long>(bytes);
+    std::free(memory);
+  };
+  const long long before = held;
+  kt_model model = 0;
+  CHECK_STATUS(KT_OK, kt_model_open(bundle_folder.c_str(), &options, &model));
+  const long long kept = held - before;
+  std::printf("  the host's allocator: %lld bytes, the heap: %lld\n", hosts.load(), kept);
+  CHECK(kept < 200000 && hosts > 50 * kept);
+  CHECK_STATUS(KT_OK, kt_model_close(model));
+  CHECK(held == before && hosts == 0);
 }

@@ -1,7 +1,10 @@
-// What needs a stub in ONNX Runtime's place (stub_onnxruntime.cpp): providers that are not on this machine.
+// What needs a stub in ONNX Runtime's place (stub_onnxruntime.cpp): providers that are not on this machine, and the order of calls.
+#include <cmath>
 #include <cstring>
 
 #include "check.hpp"
+#include "hosts.hpp"
+#include "platform.hpp"
 
 namespace {
 
@@ -18,6 +21,12 @@ kt_status open_with(const char* provider, std::string* in_use = nullptr) {
   CHECK(std::string(info.onnxruntime) == "stub");
   if (in_use) *in_use = info.provider;
   return kt_model_close(model);
+}
+
+template <typename Function>
+Function of_stub(const char* name) {
+  std::string why;
+  return reinterpret_cast<Function>(kinetok::platform::symbol(kinetok::platform::environment("KINETOK_ONNXRUNTIME"), name, why));
 }
 
 bool said(const char* part) { return std::strstr(kt_last_error(), part) != nullptr; }
@@ -52,4 +61,29 @@ TEST(a_provider_that_is_absent_or_fails_is_one_line) {
   CHECK(said("libnvinfer"));
   for (const char* odd : {"cuda:device_id", "cuda:=1", "cuda:,", "cpu:threads=2"}) CHECK_STATUS(KT_ERROR_ARGUMENT, open_with(odd));
   CHECK_STATUS(KT_ERROR_RUNTIME, open_with(""));
+}
+
+// A character that moves gets its token after one piece of somebody's preparation, not after all of it.
+TEST(preparations_take_turns_with_tokens) {
+  const auto hold = of_stub<void (*)(bool)>("kinetok_stub_hold");
+  const auto calls = of_stub<const char* (*)()>("kinetok_stub_calls");
+  const Host host(2, 0, 60);
+  kt_character_options how = host.defaults();
+  how.seconds = INFINITY;
+  const kt_character moving = host.create(&how), told = host.create(&how);
+  host.prompt(told, 1);
+  host.prompt(moving, 2);
+  host.run();
+  CHECK(host.frames(moving).size() > 0);
+  calls();
+  hold(true);
+  auto source = sized<kt_prompt_source>();
+  source.text = "another sentence";
+  CHECK_STATUS(KT_OK, kt_prompt(told, &source));             // a sentence, two rows of text and 15 tokens behind them
+  CHECK_STATUS(KT_OK, kt_step(host.model, 1000, nullptr));  // a token
+  hold(false);
+  while (host.query(moving).tokens == 30) CHECK_STATUS(KT_OK, kt_step(host.model, 0, nullptr));
+  while (host.query(told).state == KT_PREPARING) CHECK_STATUS(KT_OK, kt_step(host.model, 0, nullptr));
+  const std::string order = calls();
+  if (order != "tdsppddddddddddddddd") throw Failure("the order was " + order);
 }
