@@ -23,8 +23,11 @@ class TextEncoder(Protocol):
         ...
 
 
-def text_encoder(spec: Mapping[str, Any]) -> TextEncoder:
-    """The encoder that a model directory names: {"type": "minilm" | "flan-t5", ...}; loads its weights."""
+def text_encoder(spec: Mapping[str, Any], device: str = "cpu") -> TextEncoder:
+    """The encoder that a model directory names: {"type": "minilm" | "flan-t5", ...}; loads its weights.
+
+    ``device`` is where a Flan-T5 computes and leaves its features; MiniLM is small enough for the CPU.
+    """
     kind = spec.get("type")
     if kind == "minilm":
         from kinetok.model.text_minilm import MiniLM
@@ -33,7 +36,7 @@ def text_encoder(spec: Mapping[str, Any]) -> TextEncoder:
     if kind == "flan-t5":
         from kinetok.model.text_t5 import FlanT5
 
-        return FlanT5(str(spec.get("name")))
+        return FlanT5(str(spec.get("name")), device=device)
     if kind == "none":
         raise UserError("this model names no text encoder: only prompts of its bank can be generated")
     raise UserError(f"unknown text encoder type {kind!r}: expected 'minilm', 'flan-t5' or 'none'")

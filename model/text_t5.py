@@ -18,7 +18,7 @@ class FlanT5:
     read.
     """
 
-    def __init__(self, name: str, *, local: bool = False) -> None:
+    def __init__(self, name: str, *, local: bool = False, device: str = "cpu") -> None:
         try:
             from transformers import AutoTokenizer, T5EncoderModel
         except ImportError as error:
@@ -28,7 +28,7 @@ class FlanT5:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
             self.model = T5EncoderModel.from_pretrained(name, dtype=torch.float32, local_files_only=local)
-            self.model.eval()
+            torch.nn.Module.to(self.model, device).eval()  # transformers' own wrapper of it has no types
         except (OSError, ValueError) as error:
             detail = " ".join(str(error).split())[:200]
             raise UserError(f"text encoder {name!r}: expected a T5 directory or hub id, but {detail}") from error
@@ -43,6 +43,7 @@ class FlanT5:
         """Last hidden states fp32 ``[L_i, d]``, L_i <= 150, of each text on its own (truncated at 512 tokens)."""
         features = []
         for text in texts:
-            states = self.model(input_ids=torch.tensor([self.ids(text)])).last_hidden_state
+            ids = torch.tensor([self.ids(text)], device=self.model.device)
+            states = self.model(input_ids=ids).last_hidden_state
             features.append(states[0, :MAX_FEATURES].float())
         return features

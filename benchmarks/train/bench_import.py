@@ -117,7 +117,7 @@ def loading(folder: Path, store: Path, seconds: float) -> dict[str, Any]:
     began = time.perf_counter()
     sequences.write_tokens(clips, path, *load_tokenizer(path))
     tokens_seconds = time.perf_counter() - began
-    sequences.text_encoder = lambda spec: Encoder()  # type: ignore[assignment,return-value]
+    sequences.text_encoder = lambda spec, device: Encoder()  # type: ignore[assignment,return-value]
     sequences.write_text(clips, {"type": "none"})
     data = sequences.Sequences(store, tokenizer=path)
     recipe = replace(scale_recipe("motionmillion-7b"), min_tokens=1)

@@ -140,7 +140,7 @@ def trained_store(tmp_path_factory: pytest.TempPathFactory) -> TrainedStore:
             return [torch.linspace(0, len(text), 6 * (3 + len(text) % 5)).view(-1, 6) for text in texts]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequences, "text_encoder", lambda spec: Encoder())
+        patch.setattr(sequences, "text_encoder", lambda spec, device: Encoder())
         sequences.write_text(clips, {"type": "none", "name": "numbers"})
     return found
 

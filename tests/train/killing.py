@@ -51,7 +51,7 @@ def do(job: str, folder: Path, out: Path) -> None:
         sequences.BATCH_FRAMES = 100
         sequences.write_tokens(ClipStore(out), folder / "tokenizer.pt", tokenizer, mean, std)
     else:
-        sequences.text_encoder = lambda spec: Letters()  # type: ignore[assignment,return-value]
+        sequences.text_encoder = lambda spec, device: Letters()  # type: ignore[assignment,return-value]
         sequences.write_text(ClipStore(out), {"type": "letters"}, progress=lambda *_: sys.audit("os.truncate"))
 
 

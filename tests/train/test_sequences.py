@@ -29,6 +29,10 @@ class Encoder:
         self.seen: list[str] = []
         self.stop = stop
 
+    def on(self, device: str) -> "Encoder":
+        self.device = device
+        return self
+
     def encode(self, texts):
         if len(self.seen) == self.stop:
             raise KeyboardInterrupt
@@ -39,7 +43,7 @@ class Encoder:
 @pytest.fixture
 def encoder(monkeypatch) -> Encoder:
     one = Encoder()
-    monkeypatch.setattr(sequences, "text_encoder", lambda spec: one)
+    monkeypatch.setattr(sequences, "text_encoder", lambda spec, device: one.on(device))
     return one
 
 
@@ -156,7 +160,10 @@ def test_encoding_goes_on_where_it_was_interrupted(folder: Path, encoder: Encode
     encoder.stop = None
     with pytest.raises(UserError, match=r"something else was being written there \(it differs in encoder\)"):
         write_text(store, {"type": "others"})
+    with pytest.raises(UserError, match=r"it differs in device"):
+        write_text(store, {"type": "letters"}, device="cuda")
     write_text(store, {"type": "letters"})
+    assert encoder.device == "cpu"
     assert len(encoder.seen) == 26 + 1 and encoder.seen[8] == encoder.seen[9]
 
 

@@ -163,7 +163,9 @@ def _finish(here: Path, out: Path, about: Mapping[str, Any]) -> None:
     here.replace(out)
 
 
-def write_text(store: ClipStore, spec: Mapping[str, Any], *, progress: Progress | None = None) -> Path:
+def write_text(
+    store: ClipStore, spec: Mapping[str, Any], *, device: str = "cpu", progress: Progress | None = None
+) -> Path:
     """Features of every different caption by the encoder that ``spec`` names (``model/text.py``), each encoded once.
 
     Goes on where it was interrupted; which captions are different is found out on the disk. Raises ``UserError`` where
@@ -182,13 +184,13 @@ def write_text(store: ClipStore, spec: Mapping[str, Any], *, progress: Progress 
     here = _writing(out)
     try:
         with alone(here, "writing text features there; wait for it"):
-            _state(here, about)
+            _state(here, {**about, "device": device})
             with Registry(here / "captions.sqlite") as texts:
                 with (here / CAPTIONS).open("wb") as numbers, (here / COUNTS).open("wb") as counts:
                     for captions in store.all_captions():
                         numbers.write(np.array([texts.number(one)[0] for one in captions], np.int32).tobytes())
                         counts.write(np.int32(len(captions)).tobytes())
-                encoder: TextEncoder = text_encoder(spec)
+                encoder: TextEncoder = text_encoder(spec, device)
                 done = _resume(here, encoder.dim)
                 with (here / FEATURES).open("ab") as rows, (here / LENGTHS).open("ab") as sizes:
                     for number, text in enumerate(texts.texts(done), start=done):

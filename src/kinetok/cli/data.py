@@ -109,6 +109,8 @@ def text_command(
     name: Annotated[str | None, typer.Option(help="For flan-t5: a local directory or a hub id.")] = None,
 ) -> None:
     """Write the text features of every different caption of a store beside it, so that training runs no text encoder."""
+    import torch
+
     from kinetok.train.data.sequences import write_text
     from kinetok.train.data.shards import ClipStore
     from kinetok.train.decoder import TEXT_ENCODER
@@ -119,5 +121,6 @@ def text_command(
         spec = {"type": "flan-t5", "name": name}
     else:
         raise UserError(f"expected --encoder minilm, or --encoder flan-t5 with its --name, got {encoder} and {name}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with bar("captions", shown=True) as update:
-        print("wrote", write_text(ClipStore(store), spec, progress=update))
+        print("wrote", write_text(ClipStore(store), spec, device=device, progress=update))
