@@ -1,5 +1,7 @@
 """Every operator's ONNX form against its definition in ``kernels``, at both opsets."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -91,7 +93,8 @@ def test_idwt(folder_of_graphs, opset, wavelet, levels) -> None:
 
 @OPSETS
 def test_gelu_and_silu(folder_of_graphs, opset) -> None:
-    x = torch.linspace(-8, 8, 101)[None]
-    for ours, theirs in ((ops.gelu, torch.nn.functional.gelu), (ops.silu, torch.nn.functional.silu)):
+    x, gelu = torch.linspace(-8, 8, 101)[None], torch.nn.functional.gelu
+    approximate = partial(gelu, approximate="tanh")
+    for ours, theirs in ((ops.gelu, gelu), (ops.gelu_tanh, approximate), (ops.silu, torch.nn.functional.silu)):
         got = run(folder_of_graphs, opset, ours, {"x": x.numpy()}, 2)
         np.testing.assert_allclose(got, theirs(x.double()), atol=2e-6)
