@@ -220,16 +220,22 @@ class Crowd:
         return figure.place
 
     def _collect(self, figures: Sequence[_Figure]) -> None:
-        """Take over the frames that the detokenizer has made since it was last asked."""
+        """Take over the frames that the detokenizer has made since it was last asked, in one copy for each number of them."""
+        new: dict[int, list[tuple[_Figure, Tensor]]] = {}
         for figure in figures:
             clip, seen = self.detokenizer.clips[self._placed(figure)], figure.reading
-            if clip.newest is None or clip.made == seen.read + seen.waiting:
-                continue
-            features = torch.addcmul(self._shift, clip.newest, self._scale).float().cpu().numpy()
-            if np.isfinite(features).all():
-                figure.reading = replace(seen, unread=(*seen.unread, features))
-            else:
-                self.scheduler.fail(figure.character, "the model decoded to NaN or infinity; are its weights whole?")
+            if clip.newest is not None and clip.made != seen.read + seen.waiting:
+                new.setdefault(len(clip.newest), []).append((figure, clip.newest))
+        for group in new.values():
+            frames = torch.stack([newest for _, newest in group])
+            blocks = torch.addcmul(self._shift, frames, self._scale).float().cpu().numpy()
+            for (figure, _), features in zip(group, blocks, strict=True):
+                if np.isfinite(features).all():
+                    figure.reading = replace(figure.reading, unread=(*figure.reading.unread, features))
+                else:
+                    self.scheduler.fail(
+                        figure.character, "the model decoded to NaN or infinity; are its weights whole?"
+                    )
 
     def _block(self, figure: _Figure) -> Motion:
         seen = figure.reading

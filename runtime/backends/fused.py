@@ -58,15 +58,18 @@ class Drawn:
         self._first = first
         self._arrived: torch.cuda.Event | None = None
         self._tokens, self._status = _on_its_way(tokens), _on_its_way(status)
+        self._read: list[int | None] | None = None
         if tokens.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def token(self, slot: int) -> int | None:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        row = slot - self._first
-        return None if int(self._status[row]) == FAILED else int(self._tokens[row])
+        if self._read is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            both = zip(self._tokens.tolist(), self._status.tolist(), strict=True)
+            self._read = [None if status == FAILED else token for token, status in both]
+        return self._read[slot - self._first]
 
 
 def _on_its_way(x: Tensor) -> Tensor:
