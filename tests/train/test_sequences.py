@@ -1,5 +1,6 @@
 """The caches beside a clip store: tokens and text features, made once, going on after a kill, and read."""
 
+import json
 import os
 from pathlib import Path
 
@@ -104,6 +105,12 @@ def test_tokens_and_text_are_made_once(folder: Path, tokenizer: MotionTokenizer,
     text, tokens = data.rows(captions, np.array([5, 1, 14]), clips, firsts, counts)
     assert torch.equal(text, torch.cat([data.text(3)[:5], data.text(0)[:1], data.text(3)[:14]]).half())
     assert torch.equal(tokens, torch.cat([data.tokens(7)[1:5], data.tokens(0)[:9]]))
+    codes = np.fromfile(made / "tokens.bin", np.int32)
+    codes[3] = 240
+    codes.tofile(made / "tokens.bin")
+    with pytest.raises(UserError, match=r"tokens\.bin: expected tokens from 0 to 239"):
+        data = Sequences(folder / "store", tokenizer=folder / "tokenizer.pt")
+        data.rows(captions[:1], np.array([1]), np.array([0]), firsts[:1], np.array([9]))
     train = store.splits == "train"
     lengths = [len(text) for captions in store.all_captions() for text in captions]
     assert mean_lengths(folder / "store", 20, 1, 99) == (np.minimum(lengths, 20).mean(), data.lengths[train].mean())
@@ -116,6 +123,11 @@ def test_tokens_and_text_are_made_once(folder: Path, tokenizer: MotionTokenizer,
         ("captions", r"captions\.bin: expected 200 bytes"),
         ("features", r"features\.bin: expected \d+ bytes"),
         ("lengths", r"lengths\.bin: expected 104 bytes"),
+        ("captions number", "text: its captions are none of this store"),
+        ("counts", "text: its captions are none of this store"),
+        ("about", r"text: expected kinetok-text-2, but its dim is '0'; delete it"),
+        ("form", r"tokens-\w+: expected kinetok-tokens-2, but it is 'kinetok-tokens-1'; delete it"),
+        ("broken about", r"tokens-\w+: expected kinetok-tokens-2, but Expecting value"),
         ("other store", r"tokens-\w+: does not belong to the clips of this store"),
         ("other text", r"text: does not belong to the clips of this store"),
     ],
@@ -127,6 +139,18 @@ def test_caches_that_are_not_the_stores(
     text = write_text(ClipStore(folder / "store"), {"type": "letters"})
     if harm == "tokens":
         (made / "tokens.bin").write_bytes(b"1234")
+    elif harm in ("captions number", "counts"):
+        path = text / f"{harm.split()[0]}.bin"
+        numbers = np.fromfile(path, np.int32)
+        numbers[:2] = (1, 26) if harm == "captions number" else (0, 4)
+        numbers.tofile(path)
+    elif harm in ("about", "form", "broken about"):
+        path = (text if harm == "about" else made) / "about.json"
+        changed = {
+            **json.loads(path.read_text()),
+            **({"dim": 0} if harm == "about" else {"format": "kinetok-tokens-1"}),
+        }
+        path.write_text("" if harm == "broken about" else json.dumps(changed))
     elif harm in ("captions", "features", "lengths"):
         (text / f"{harm}.bin").write_bytes(b"1234")
     else:

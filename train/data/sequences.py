@@ -30,6 +30,10 @@ from kinetok.train.data.shards import ClipStore
 TOKENS_FORMAT, TEXT_FORMAT = "kinetok-tokens-2", "kinetok-text-2"
 ABOUT, PROGRESS, TOKENS, TEXT = "about.json", "progress.json", "tokens.bin", "text"
 FEATURES, LENGTHS, CAPTIONS, COUNTS = "features.bin", "lengths.bin", "captions.bin", "counts.bin"
+FIELDS: Mapping[str, Mapping[str, type]] = {
+    TOKENS_FORMAT: {"store": str, "clips": int, "frames_per_token": int, "codebook": int},
+    TEXT_FORMAT: {"store": str, "captions": int, "dim": int, "encoder": dict},
+}
 BATCH_FRAMES = 20_000  # frames of one pass of the tokenizer
 Progress = Callable[[int, int, str], None]
 
@@ -46,11 +50,15 @@ def _about(path: Path, form: str, redo: str) -> dict[str, Any]:
     try:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
         if about["format"] != form:
-            raise UserError(f"{path}: expected {form}, got {str(about['format'])[:60]!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
+            raise ValueError(f"it is {str(about['format'])[:60]!r}")
+        for name, kind in FIELDS[form].items():
+            if type(about[name]) is not kind or (kind is int and about[name] < 1):
+                raise ValueError(f"its {name} is {str(about[name])[:60]!r}")
+    except FileNotFoundError as error:
         raise UserError(f"{path} is not there: make it with {redo}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        detail = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: expected {form}, but {detail}; delete it, make it anew with {redo}") from error
     return about
 
 
@@ -253,6 +261,10 @@ class Sequences:
         self._rows = np.concatenate(([0], np.cumsum(self.text_lengths)))
         self._tokens = _mapped(tokens / TOKENS, np.int32, int(self._offsets[-1]))
         self._numbers = _mapped(text_folder / CAPTIONS, np.int32, int(self._counts.sum()))
+        self._codebook, self._file = int(about["codebook"]), tokens / TOKENS
+        whole = 0 <= self._numbers.min() <= self._numbers.max() < len(self.text_lengths)
+        if not whole or self._counts.min() < 1 or self.text_lengths.min() < 1:
+            raise UserError(f"{text_folder}: its captions are none of this store; delete it, make it anew")
         rows = _mapped(text_folder / FEATURES, np.float16, self.text_dim * int(self._rows[-1]))
         self._text = rows.reshape(-1, self.text_dim)
 
@@ -280,6 +292,10 @@ class Sequences:
         fp16 ``[M, text_dim]``; and ``counts`` tokens of clips from the token ``first`` on, int64 ``[K]``."""
         text = self._text[_stretches(self._rows[captions], text_lengths)]
         tokens = self._tokens[_stretches(self._offsets[clips] + first, counts)]
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._codebook:  # a GPU would only say "assert"
+            raise UserError(
+                f"{self._file}: expected tokens from 0 to {self._codebook - 1}; delete its folder, make it anew"
+            )
         return torch.from_numpy(text), torch.from_numpy(tokens.astype(np.int64))
 
     def caption_text(self, caption: int) -> str:
