@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from kinetok.runtime.memory import bytes_available, within_memory
 from kinetok.runtime.sampling import CARRIED_SECONDS, KEPT_SECONDS, TRAINED_SECONDS, SamplingParams, token_budget
 from kinetok.runtime.scheduler import Scheduler
 from kinetok.runtime.stream import Stream
+
+T = TypeVar("T")
 
 
 def load(path_or_id: str | Path | None = None, device: str = "auto", dtype: str = "auto", **limits: Any) -> "Engine":
@@ -79,6 +81,7 @@ class Engine:
         self.text = BankedEncoder(bank, model.text_encoder, model.decoder.config.text_dim)
         self.timings: dict[str, float] = {}
         self._spare: list[Scheduler] = []
+        self._stages: list[Crowd] = []  # of streams that are over
         self._crowd: Crowd | None = None
         self._making = Lock()
 
@@ -118,7 +121,7 @@ class Engine:
             job = self._job(text, params, request)
         with self._timed("decode"):
             # Kept from clip to clip: its slots are memory, and two threads must not share them.
-            scheduler = self._spare.pop() if self._spare else self._alone()
+            scheduler = _taken(self._spare, self._alone)
             try:
                 tokens = sample_tokens(scheduler, job, progress)
             finally:
@@ -146,8 +149,10 @@ class Engine:
             return self._job(check_prompt(other), chosen, request, written=written)
 
         job = self._job(text, chosen, request)
-        crowd = Crowd(self.model, self.backend, 1, self.positions, queue=1, kv=self.kv)
-        return Stream(crowd, job, text, redirected, self._carried)
+        return Stream(_taken(self._stages, self._stage), self._stages.append, job, text, redirected, self._carried)
+
+    def _stage(self) -> Crowd:
+        return Crowd(self.model, self.backend, 1, self.positions, queue=1, kv=self.kv)
 
     def submit(
         self,
@@ -213,6 +218,8 @@ class Engine:
         return round(CARRIED_SECONDS * self.model.tokenizer.config.tokens_per_second)
 
     def _start(self) -> Crowd:
+        if self._crowd is not None:  # a signal handler must not wait for the lock of its own thread
+            return self._crowd
         with self._making:
             if self._crowd is None:
                 self._crowd = Crowd(self.model, self.backend, self.characters, self.positions, self.queue, self.kv)
@@ -287,3 +294,11 @@ class Engine:
             "backend_reason": self.backend_reason,
             "attention": "torch scaled_dot_product_attention",
         }
+
+
+def _taken(spare: list[T], make: Callable[[], T]) -> T:
+    """One that nobody uses, or a new one; another thread may be quicker."""
+    try:
+        return spare.pop()
+    except IndexError:
+        return make()

@@ -11,19 +11,33 @@ from kinetok.runtime.crowd import Crowd
 class Stream(Iterator[Motion]):
     """Blocks of frames, each a ``Motion`` whose root and headings go on in the world of the clip's first frame.
 
-    Iterating computes: one token, or as many as the tokenizer looks ahead, a block. ``close`` it, or use it in a ``with``.
+    Iterating computes: one token, or as many as the tokenizer looks ahead, a block. ``close`` it, or use it in a ``with``:
+    its memory, and what a backend prepares at its start, then serve the next stream (``release``).
     """
 
-    def __init__(self, crowd: Crowd, job: Job, text: str, redirected: Callable[[str, int], Job], carry: int) -> None:
-        self._crowd, self._redirected, self._carry = crowd, redirected, carry
-        self._handle: int | None = crowd.submit(job, text)
+    def __init__(
+        self,
+        crowd: Crowd,
+        release: Callable[[Crowd], None],
+        job: Job,
+        text: str,
+        redirected: Callable[[str, int], Job],
+        carry: int,
+    ) -> None:
+        self._crowd, self._release, self._redirected, self._carry = crowd, release, redirected, carry
+        self._handle: int | None = None
+        try:
+            self._handle = crowd.submit(job, text)
+        except UserError:
+            release(crowd)
+            raise
 
     def __next__(self) -> Motion:
         while self._handle is not None:
             self._crowd.step()
             update = self._crowd.poll(self._handle)
             if update.over:
-                self._handle = None
+                self._over()
                 if update.error is not None:
                     raise UserError(update.error)
             if update.motion is not None:
@@ -41,7 +55,11 @@ class Stream(Iterator[Motion]):
         """Stop; nothing more comes."""
         if self._handle is not None:
             self._crowd.cancel(self._handle)
-            self._handle = None
+            self._over()
+
+    def _over(self) -> None:
+        self._handle = None
+        self._release(self._crowd)
 
     def __enter__(self) -> "Stream":
         return self

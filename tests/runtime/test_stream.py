@@ -54,3 +54,29 @@ def test_what_a_stream_refuses(engine, soak) -> None:
     broken.text.encode = lambda texts: [soak.torch.full((3, 8), soak.torch.nan) for _ in texts]
     with pytest.raises(UserError, match="token 0"):
         next(broken.stream("walk"))
+
+
+def test_a_stream_that_is_over_leaves_its_place_to_the_next(soak) -> None:
+    engine = soak.small_engine()
+    clip = engine.generate("walk", seconds=1, seed=4)[0].features
+
+    def frames(stream, blocks: int) -> np.ndarray:
+        return np.concatenate([next(stream).features for _ in range(blocks)])
+
+    closed, ended, failed = (
+        engine.stream("sit", seed=1),
+        engine.stream("run fast", seconds=0.2),
+        engine.stream("walk"),
+    )
+    crowds = {id(stream._crowd) for stream in (closed, ended, failed)}
+    assert len(crowds) == 3  # at the same time
+    assert len(list(ended)) == 3 and len(frames(closed, 5)) == 10
+    closed.close()
+    closed.close()
+    failed._crowd.scheduler.fail(failed._crowd._get(failed._handle).character, "on purpose")
+    with pytest.raises(UserError, match="on purpose"):
+        next(failed)
+    later = [engine.stream("walk", seconds=1, seed=4) for _ in range(4)]
+    assert crowds < {id(stream._crowd) for stream in later}
+    for stream in later:
+        np.testing.assert_allclose(frames(stream, 15), clip, atol=2e-6)
