@@ -31,6 +31,9 @@ def test_verify_and_what_it_notices(kinetok, refused, bundle) -> None:
     frames = {**first["frames"], "shape": [2, 271]}
     path.write_text(json.dumps({**manifest, "golden": [{**first, "frames": frames}]}))
     assert "expected a fixture's frames to be" in refused("verify", bundle)
+    path.write_text(json.dumps({**manifest, "files": {"\x1b[31m\ud800": {}}}))
+    # Nothing comes through that a terminal obeys, or that has no encoding.
+    assert "files.\ufffd[31m\ufffd" in refused("verify", bundle)
     path.write_text(json.dumps(manifest))
     (bundle / "weights.bin").write_bytes(b"\0")
     assert "not the file that was exported" in refused("verify", bundle)

@@ -16,8 +16,9 @@ SMALL = 20_000_000  # parameters
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """One line on standard error, then exit."""
-    print(f"kinetok: {' '.join(message.split())}", file=sys.stderr)
+    """One line on standard error, then exit. What a file put into it cannot steer the terminal, nor fail to be encoded."""
+    line = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in " ".join(message.split()))
+    print(f"kinetok: {line}", file=sys.stderr)
     sys.exit(code)
 
 
