@@ -16,9 +16,13 @@ from scipy.spatial.transform import Rotation
 
 from kinetok.kernels.kinematics import local_pose
 from kinetok.kernels.sampling import draw, guide, gumbel
-from kinetok.model.pretrained import load_pretrained
+from kinetok.model.bank import PromptBank
+from kinetok.model.config import DecoderConfig, TokenizerConfig
+from kinetok.model.decoder import MotionDecoder
+from kinetok.model.pretrained import ModelBundle, load_pretrained
+from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion import Motion
-from kinetok.motion.skeleton import PARENTS
+from kinetok.motion.skeleton import CANONICAL_OFFSETS, PARENTS
 from kinetok.runtime.sampling import KEPT_SECONDS, SamplingParams, token_budget
 from kinetok.runtime.scheduler import Job, Scheduler
 
@@ -121,7 +125,6 @@ def _python(
 ) -> list[int]:
     """The same clip through the Python scheduler on the same graphs. steps: (prompt, tokens under it); spoken: features of
     prompts that are not in the bank."""
-    from kinetok.model.bank import PromptBank
     from kinetok.runtime.backends.onnx import OnnxBackend
     from kinetok.runtime.bundle import read_bundle
 
@@ -219,6 +222,40 @@ def test_a_sentence_has_the_tokens_of_python(cpp, captions, model, bundle, build
     said = cpp.run(probe, "generate", bundle, tmp_path / "f", data=_script(how, steps, "speak", INLINE).encode())
     expected = _python(model, bundle, steps, *how, spoken=[(text, features)])
     assert [int(word) for word in said.split()] == expected and len(expected) == 50
+
+
+def test_a_tokenizer_that_looks_ahead_owes_its_last_frames(cpp, build, tmp_path) -> None:
+    from kinetok.export.bundle import export_bundle
+
+    torch.manual_seed(4)
+    tokenizer = MotionTokenizer(
+        TokenizerConfig(nb_code=256, code_dim=8, width=32, depth=2, patcher="none", causal=False)
+    )
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "codebook": 240, "text_dim": 16, "block_size": 250}
+    PromptBank({"": torch.ones(1, 16), WALK: torch.randn(3, 16)}, name="none", dim=16).save(tmp_path / "bank")
+    model = ModelBundle(
+        tokenizer=tokenizer.eval(), decoder=MotionDecoder(DecoderConfig(**sizes)).eval(), mean=np.linspace(-1, 1, 272),
+        std=np.linspace(0.5, 2, 272), offsets=np.array(CANONICAL_OFFSETS), text_encoder={"type": "none", "name": "none"},
+        sampling={"guidance": 1.0}, provenance={}, licence="none", bank=tmp_path / "bank", directory=tmp_path)  # fmt: skip
+    ahead = export_bundle(model, tmp_path / "bundle", check=False)
+    clip = [f"say {WALK}", "run", "read 3", "tokens"]
+    # A clip that ends; the same character told to go on; one that never ends, stopped by what lies unread.
+    script = ["new 1 0 1 0 1 1 3 300 9", *clip, *clip, "new 1 0 1 0 1 1 inf 100 9", *clip, ""]
+    probe = build / "tests" / "kinetok_probe"
+    said = cpp.run(probe, "generate", ahead, tmp_path / "f", data="\n".join(script).encode()).splitlines()
+    frames = [np.fromfile(tmp_path / f"f.{i}", np.float32).reshape(-1, 272) for i in range(3)]
+    each, scale, shift = (
+        tokenizer.config.frames_per_token,
+        *(torch.from_numpy(x).float() for x in (model.std, model.mean)),
+    )
+    tokens = [[int(word) for word in line.split()] for line in said]
+    whole = [tokenizer.decode(torch.tensor([row]), scale, shift)[0].detach().numpy() for row in tokens]
+    rate = round(tokenizer.config.tokens_per_second)
+    assert list(map(len, tokens[:2])) == [3 * rate, 6 * rate] and len(frames[0]) == len(frames[1]) == 3 * rate * each
+    np.testing.assert_allclose(frames[0], whole[0], atol=1e-4)
+    np.testing.assert_allclose(frames[1], whole[1][len(frames[0]) :], atol=1e-4)
+    assert 100 - each < len(frames[2]) <= 100 < len(tokens[2]) * each
+    np.testing.assert_allclose(frames[2], whole[2][: len(frames[2])], atol=1e-4)
 
 
 # Where a layout's axes point in the model's (Y up, facing +Z, metres), a row each, and how many of its units a metre has.

@@ -89,7 +89,7 @@ typedef struct kt_model_info {
   uint32_t joints, features;            /* 22 and 272 */
   uint32_t frame_rate, frames_per_token;
   uint32_t characters, positions, ahead_frames;
-  uint32_t look_ahead_frames;           /* a frame comes this many frames after the token that begins it */
+  uint32_t look_ahead_frames;           /* a frame comes this many frames after its token; a clip that ends catches up */
   uint32_t banked_prompts;              /* ids 0 to this - 1 */
   uint32_t has_text, has_guidance;      /* 1 or 0 */
   uint64_t memory_bytes;                /* asked of the allocator */

@@ -220,7 +220,7 @@ kt_status kt_model_query(kt_model handle, kt_model_info* info) noexcept {
     full.characters = model.options().characters;
     full.positions = model.options().positions;
     full.ahead_frames = model.options().ahead_frames;
-    full.look_ahead_frames = bundle.look_ahead_frames;
+    full.look_ahead_frames = bundle.delay_frames;
     full.banked_prompts = static_cast<uint32_t>(bundle.bank.size());
     full.has_text = model.has_text();
     full.has_guidance = model.guided();

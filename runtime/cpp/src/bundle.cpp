@@ -125,7 +125,6 @@ void Bundle::read_tokenizer(const Json& root) {
     throw Error(KT_ERROR_BUNDLE, "the manifest's decoder and tokenizer have different codebooks");
   frame_rate = size_of(tokenizer, "frame_rate", 1, 1000);
   frames_per_token = size_of(tokenizer, "frames_per_token", 1, 64);
-  look_ahead_frames = size_of(tokenizer, "look_ahead_frames", 0, 4096);
   features = size_of(tokenizer, "features", 1, 65536);
   tokens_per_second = static_cast<double>(frame_rate) / frames_per_token;
   const Json& layout = root.at("features").at("layout");
@@ -172,7 +171,11 @@ void Bundle::read_skeleton(const Json& root) {
 void Bundle::read_graphs(const Json& root) {
   for (const auto& [name, about] : root.at("graphs").object("graphs")) {
     graphs[name] = name_of(about.at("file"), "graphs");
-    if (name != "detokenize_stream") continue;
+    if (name != "detokenize_stream" && name != "detokenize_ahead") continue;
+    if (!stream.empty()) throw Error(KT_ERROR_BUNDLE, "the manifest's graphs: expected one of detokenize_stream and detokenize_ahead");
+    stream = name;
+    const Json* delay = about.find("delay_frames");
+    if (delay || name == "detokenize_ahead") delay_frames = size_of(about, "delay_frames", 0, 4096);
     const auto& inputs = about.at("inputs").array("inputs");
     for (const Json& pair : about.at("states").array("states")) {
       StreamState state{pair.at("input").string("states"), pair.at("output").string("states"), 0, 0};
@@ -193,6 +196,7 @@ void Bundle::read_graphs(const Json& root) {
                                                          {"decode", "weights.bin"},
                                                          {"detokenize", "detokenizer.bin"},
                                                          {"detokenize_stream", "detokenizer.bin"},
+                                                         {"detokenize_ahead", "detokenizer.bin"},
                                                          {"text_encoder", "text_encoder.bin"}};
   for (const auto& [name, file] : weights)
     if (has_graph(name)) graph_external[name] = file;

@@ -11,7 +11,7 @@
 
 namespace kinetok {
 
-struct StreamState {  // of detokenize_stream, a row
+struct StreamState {  // of the streaming detokenizer, a row
   std::string input, output;
   uint32_t frames, channels;
 };
@@ -48,7 +48,7 @@ class Bundle {
   int32_t end_id;
   std::vector<uint32_t> banned;
   bool half_cache;
-  uint32_t frame_rate, frames_per_token, features, look_ahead_frames;
+  uint32_t frame_rate, frames_per_token, features;
   double tokens_per_second;
   std::vector<std::string> joints;
   std::vector<int> parents;
@@ -58,6 +58,8 @@ class Bundle {
   uint32_t top_k, max_features;
   std::map<std::string, std::string> graphs;        // name to file
   std::map<std::string, std::string> graph_external;  // name to its weights, where they are a file of their own
+  std::string stream;         // the streaming detokenizer: "detokenize_stream", "detokenize_ahead", or "" where there is none
+  uint32_t delay_frames = 0;  // by which its frames run behind its tokens
   std::vector<StreamState> states;
   TextSection text;
   std::vector<BankPrompt> bank;

@@ -54,6 +54,8 @@ struct Job {
   uint32_t piece = 0;  // prepare: the next one to compute
   bool first = false;  // nothing of the clip was detokenized yet
   bool feed = false;   // advance: the newest token is to be decoded before the next is drawn
+  bool drains = false;  // advance: no token more, only frames of those that are written; the first such job saves the
+  bool saves = false, restores = false;  // detokenizer's state, and the first token of a clip that goes on restores it
   bool ban_end = false;
   sampling::Draw draw;
   double guidance = 1;
@@ -87,7 +89,9 @@ struct Character {
     error[0] = '\0';
     written = 0;
     cached = 0;
-    fresh = pending = false;
+    fresh = pending = ending = false;
+    drained = 0;
+    framed = 0;
     walk = Walk();
     first_ = count_ = 0;
   }
@@ -127,6 +131,9 @@ struct Character {
   uint32_t cached = 0;         // motion tokens behind the text in the cache
   bool fresh = false;          // the logits follow from all that is written
   bool pending = false;        // another prompt waits for the worker
+  bool ending = false;         // the last token is written, but a tokenizer that looks ahead owes frames
+  uint32_t drained = 0;        // pieces of what it owes
+  uint64_t framed = 0;         // frames of the clip so far, read or not
   Plan next;
   bool with_worker = false;
   bool discard = false;  // cancelled or destroyed meanwhile: what the worker brings is not wanted

@@ -8,8 +8,8 @@ namespace kinetok {
 Graphs::Graphs(const Bundle& bundle, const ort::Runtime& runtime, const ort::Provider& provider, const kt_model_options& options,
                uint32_t rows_each, Memory& memory)
     : characters(options.characters), capacity(options.positions), rows(rows_each), bundle_(bundle) {
-  if (!bundle.has_graph("detokenize_stream"))
-    throw Error(KT_ERROR_BUNDLE, "this bundle's tokenizer looks ahead, which this library does not stream yet: use a model with a causal tokenizer");
+  if (bundle.stream.empty())
+    throw Error(KT_ERROR_BUNDLE, "this bundle has no streaming detokenizer (its manifest says why under absent): use another model, or export it again");
   const bool hash = !(options.flags & KT_OPEN_NO_HASHES);
   const int threads = static_cast<int>(options.threads);
   const auto open = [&](const char* name) {
@@ -19,6 +19,8 @@ Graphs::Graphs(const Bundle& bundle, const ort::Runtime& runtime, const ort::Pro
   token = memory.take<int64_t>(all);
   position = memory.take<int64_t>(all);
   pushed = memory.take<int64_t>(characters);
+  before = memory.take<int64_t>(characters);
+  ends = memory.take<int64_t>(characters);
   length_ = memory.take<int64_t>(1);
   slab_ = memory.take<unsigned char>(bundle.layers, 2, all, row_bytes());
   logits_ = memory.take<float>(all, bundle.logits);
@@ -26,10 +28,11 @@ Graphs::Graphs(const Bundle& bundle, const ort::Runtime& runtime, const ort::Pro
   for (const StreamState& state : bundle.states) {
     states_.push_back(memory.take<float>(characters, state.frames, state.channels));
     next_states_.push_back(memory.take<float>(characters, state.frames, state.channels));
+    if (bundle.delay_frames) saved_states_.push_back(memory.take<float>(characters, state.frames, state.channels));
   }
   prefill_ = open("prefill");
   decode_ = open("decode");
-  stream_ = open("detokenize_stream");
+  stream_ = open(bundle.stream.c_str());
   if (bundle.has_graph("text_encoder") && !(options.flags & KT_OPEN_NO_TEXT)) {
     text_ = open("text_encoder");
     encoding_ = std::make_unique<ort::Call>(*text_);
@@ -131,6 +134,10 @@ void Graphs::bind_detokenizer(const ort::Runtime& runtime) {
     for (uint32_t count = 1; count <= std::min(TOGETHER, characters - first); ++count) {
       auto call = std::make_unique<ort::Call>(*stream_);
       call->input("tokens", keep(runtime, {pushed + first, sizeof(int64_t) * count, {count, 1}, 2, ort::abi::INT64}));
+      if (bundle_.stream == "detokenize_ahead") {
+        call->input("position", keep(runtime, {before + first, sizeof(int64_t) * count, {count}, 1, ort::abi::INT64}));
+        call->input("end", keep(runtime, {ends + first, sizeof(int64_t) * count, {count}, 1, ort::abi::INT64}));
+      }
       for (size_t i = 0; i < states_.size(); ++i) {
         const StreamState& state = bundle_.states[i];
         const size_t each = size_t{state.frames} * state.channels;
@@ -165,7 +172,7 @@ void Graphs::decode(uint32_t character, uint32_t count) {
 }
 
 void Graphs::detokenize(uint32_t character, uint32_t count) {
-  streams_[size_t{character} * TOGETHER + count - 1]->run("detokenize_stream");
+  streams_[size_t{character} * TOGETHER + count - 1]->run("the detokenizer");
   for (size_t i = 0; i < states_.size(); ++i) {
     const size_t each = size_t{bundle_.states[i].frames} * bundle_.states[i].channels;
     std::copy_n(next_states_[i] + character * each, count * each, states_[i] + character * each);
@@ -187,6 +194,20 @@ void Graphs::reset_detokenizer(uint32_t character) {
   }
 }
 
+void Graphs::save_detokenizer(uint32_t character) {
+  for (size_t i = 0; i < saved_states_.size(); ++i) {
+    const size_t each = size_t{bundle_.states[i].frames} * bundle_.states[i].channels;
+    std::copy_n(states_[i] + character * each, each, saved_states_[i] + character * each);
+  }
+}
+
+void Graphs::restore_detokenizer(uint32_t character) {
+  for (size_t i = 0; i < saved_states_.size(); ++i) {
+    const size_t each = size_t{bundle_.states[i].frames} * bundle_.states[i].channels;
+    std::copy_n(saved_states_[i] + character * each, each, states_[i] + character * each);
+  }
+}
+
 void Graphs::copy(uint32_t from, uint32_t to, uint32_t positions) {
   const size_t line = size_t{bundle_.head_dim} * (bundle_.half_cache ? 2 : 4);
   for (uint32_t row = 0; row < rows; ++row) {
@@ -200,10 +221,11 @@ void Graphs::copy(uint32_t from, uint32_t to, uint32_t positions) {
     }
     std::copy_n(logits_of(from * rows + row), bundle_.logits, logits_of(to * rows + row));
   }
-  for (size_t i = 0; i < states_.size(); ++i) {
-    const size_t each = size_t{bundle_.states[i].frames} * bundle_.states[i].channels;
-    std::copy_n(states_[i] + from * each, each, states_[i] + to * each);
-  }
+  for (auto* const all : {&states_, &saved_states_})
+    for (size_t i = 0; i < all->size(); ++i) {
+      const size_t each = size_t{bundle_.states[i].frames} * bundle_.states[i].channels;
+      std::copy_n((*all)[i] + from * each, each, (*all)[i] + to * each);
+    }
 }
 
 }  // namespace kinetok

@@ -23,12 +23,15 @@ class Graphs {
   void prefill(uint32_t row, float* features, uint32_t length);
   // One token for each row of `count` neighbouring characters, written into `token` and `position` before.
   void decode(uint32_t character, uint32_t count);
-  // The frames of one token for each of `count` neighbouring characters, written into `pushed` before.
+  // A token's worth of frames for each of `count` neighbouring characters: of the one in `pushed`, or as many as the
+  // tokenizer is late before it, in a clip with `before` tokens before it and `ends` in all.
   void detokenize(uint32_t character, uint32_t count);
   // Features [ids + extra, text_dim] of a sentence's ids.
   void encode(int64_t* ids, uint32_t count, float* features, uint32_t rows);
 
   void reset_detokenizer(uint32_t character);
+  void save_detokenizer(uint32_t character);     // its state, which a clip that goes on after its end comes back to
+  void restore_detokenizer(uint32_t character);
   void copy(uint32_t from, uint32_t to, uint32_t positions);  // cache, logits and states of a character
 
   bool encodes() const { return text_ != nullptr; }
@@ -37,7 +40,7 @@ class Graphs {
 
   const uint32_t characters, capacity, rows;
   int64_t *token, *position;  // [characters * rows]
-  int64_t* pushed;            // [characters]
+  int64_t *pushed, *before, *ends;  // [characters]
 
  private:
   unsigned char* cache(uint32_t layer, uint32_t part, uint32_t row) const;
@@ -62,7 +65,7 @@ class Graphs {
   unsigned char* slab_;  // [layers, 2, rows, heads, capacity, head_dim]
   float *logits_, *frames_;
   int64_t* length_;  // of the row being prefilled
-  std::vector<float*> states_, next_states_;
+  std::vector<float*> states_, next_states_, saved_states_;
 };
 
 }  // namespace kinetok

@@ -9,6 +9,7 @@ namespace kinetok {
 
 namespace {
 
+constexpr int64_t UNKNOWN_END = int64_t{1} << 40;  // more tokens than any clip has
 constexpr double MEASURE_US = 2e5, CARRIED_SECONDS = 1;
 
 double microseconds(std::chrono::steady_clock::duration time) { return std::chrono::duration<double, std::micro>(time).count(); }
@@ -209,6 +210,7 @@ void Model::begin(uint32_t index, const Plan& plan) {
   c.least = static_cast<double>(c.written) + plan.least;
   c.most = static_cast<double>(c.written) + plan.most;
   c.plan = plan;
+  c.ending = false;
   prepare_later(index, plan, std::min({carried, c.kept_tokens(), plan.window}));
 }
 
@@ -277,17 +279,32 @@ void Model::take_token(uint32_t index) {
   const Job& job = c.job;
   if (job.status != KT_OK) return fail(c, job.error);
   c.cached += job.feed;
-  c.fresh = !job.writes;
-  if (job.writes) {
+  if (!job.drains) c.fresh = !job.writes;
+  if (job.writes) take_frames(index);
+  if (job.writes && !job.drains) {
     c.write_token(job.token);
     ++written_;
-    const float* frames = graphs_->frames_of(index);
-    for (uint32_t f = 0; f < bundle_.frames_per_token; ++f) c.push_frame(frames + f * bundle_.features);
   }
-  if (job.ended || static_cast<double>(c.written) >= c.most)
+  c.drained += job.drains;
+  if (!job.drains) c.ending = job.ended || static_cast<double>(c.written) >= c.most;
+  if (c.ending && c.drained * bundle_.frames_per_token >= bundle_.delay_frames)
     c.state = KT_DONE;
+  else if (c.ending)
+    return;
   else if (c.cached >= c.plan.window)  // full: the text and the newest tokens anew
     prepare_later(index, c.plan, std::min(c.plan.keep, c.kept_tokens()));
+}
+
+// Of the frames that a call gave: those that the clip has and that were not there before.
+void Model::take_frames(uint32_t index) {
+  Character& c = characters_[index];
+  const int64_t each = bundle_.frames_per_token, end = static_cast<int64_t>(c.written + !c.job.drains) * each;
+  const int64_t first = static_cast<int64_t>(c.written + c.drained) * each - bundle_.delay_frames;
+  for (int64_t f = 0; f < each; ++f) {
+    if (first + f < static_cast<int64_t>(c.framed) || first + f >= end) continue;
+    c.push_frame(graphs_->frames_of(index) + f * bundle_.features);
+    ++c.framed;
+  }
 }
 
 void Model::fail(Character& c, const char* why) {
@@ -335,12 +352,18 @@ void Model::order(uint32_t first, uint32_t count) {
     Character& c = characters_[i];
     c.job.task = Task::advance;
     c.job.status = KT_OK;
-    c.job.feed = !c.fresh;
+    c.job.drains = c.ending;
+    c.job.saves = c.ending && !c.drained;
+    c.job.restores = !c.ending && c.drained;
+    if (!c.ending) c.drained = 0;
+    c.job.feed = !c.fresh && !c.ending;
     c.job.ban_end = static_cast<double>(c.written) < c.least;
     c.job.first = c.written == 0;
     c.job.draw = {c.seed, c.written, c.request, c.top_k, c.temperature, c.top_p};
     c.job.guidance = c.guidance;
-    if (c.fresh) continue;
+    graphs_->before[i] = static_cast<int64_t>(c.written) + c.drained;
+    graphs_->ends[i] = c.ending ? static_cast<int64_t>(c.written) : UNKNOWN_END;
+    if (!c.job.feed) continue;
     for (uint32_t row = 0; row < rows_; ++row) {
       graphs_->token[i * rows_ + row] = c.token(c.written - 1);
       graphs_->position[i * rows_ + row] = (row ? empty_rows_ : c.plan.rows) + c.cached;
@@ -416,6 +439,7 @@ uint32_t Model::fork(uint32_t index, uint64_t seed, uint32_t request) {
   twin.written = c.written, twin.least = c.least, twin.most = c.most;
   twin.plan = c.plan, twin.cached = c.cached, twin.fresh = c.fresh;
   twin.copy_past(c);
+  twin.ending = c.ending, twin.drained = c.drained, twin.framed = c.framed;
   twin.walk = c.walk;
   for (uint32_t i = 0; i < c.unread(); ++i) twin.walk.step(c.frame(i), bundle_);
   graphs_->copy(index, place, std::max(c.plan.rows, empty_rows_) + c.cached);

@@ -53,6 +53,7 @@ class Model {
   void take_back();
   void take_prepared(Character& c);
   void take_token(uint32_t index);
+  void take_frames(uint32_t index);
   void fail(Character& c, const char* why);
   bool can_write(const Character& c) const;
   bool choose(double budget_us, uint32_t& first, uint32_t& count) const;
@@ -62,6 +63,7 @@ class Model {
 
   // On the thread that computes: the worker, or with KT_OPEN_INLINE the caller for tokens.
   void compute(uint32_t first, uint32_t count);
+  void start_detokenizer(uint32_t index);
   void draw(uint32_t index);
   template <typename Fits, typename Call>
   void runs(uint32_t first, uint32_t count, Fits fits, Call call);

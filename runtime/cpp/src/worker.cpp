@@ -107,12 +107,18 @@ void Model::runs(uint32_t first, uint32_t count, Fits fits, Call call) {
 void Model::compute(uint32_t first, uint32_t count) {
   runs(
       first, count, [](const Job& job) { return job.feed; }, [&](uint32_t at, uint32_t n) { graphs_->decode(at, n); });
-  for (uint32_t i = first; i < first + count; ++i) draw(i);
+  for (uint32_t i = first; i < first + count; ++i) {
+    Job& job = characters_[i].job;
+    if (job.drains)
+      job.writes = true, job.ended = false, graphs_->pushed[i] = 0;  // any token: it lies behind the clip's end
+    else
+      draw(i);
+  }
   runs(
       first, count, [](const Job& job) { return job.writes; },
       [&](uint32_t at, uint32_t n) {
         for (uint32_t i = at; i < at + n; ++i)
-          if (characters_[i].job.first) graphs_->reset_detokenizer(i);
+          start_detokenizer(i);
         graphs_->detokenize(at, n);
         const size_t numbers = size_t{bundle_.frames_per_token} * bundle_.features;
         for (uint32_t i = at; i < at + n; ++i) {
@@ -121,6 +127,13 @@ void Model::compute(uint32_t first, uint32_t count) {
             characters_[i].job.fail(KT_ERROR_BUNDLE, "the model decoded to NaN or infinity; are its weights whole?");
         }
       });
+}
+
+void Model::start_detokenizer(uint32_t index) {
+  const Job& job = characters_[index].job;
+  if (job.saves) graphs_->save_detokenizer(index);
+  if (job.restores) graphs_->restore_detokenizer(index);
+  if (job.first && !job.drains) graphs_->reset_detokenizer(index);
 }
 
 void Model::draw(uint32_t index) {
