@@ -1,7 +1,9 @@
 """The fused backend's weights, and its cache in float8: scales, who may ask for it, what it does to the model's tokens."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,3 +189,72 @@ def test_the_kernels_write_the_clips_of_their_definitions(small, script, monkeyp
         monkeypatch.setattr(family, "takes_op", lambda *_: True)
         monkeypatch.setattr(family, f"_{name}", counted(name, getattr(kernels, name)))
     assert clips() == by_definition and len(launched) == 5
+
+
+class StandInGraph:
+    """A graph as CUDA's: what is captured does not run, and each replay runs it on the tensors of the capture."""
+
+    pending: Callable[[], Tensor]  # what is about to be captured
+    call: Callable[[], Tensor]
+
+
+@contextmanager
+def unseen(backend: FusedBackend) -> Iterator[None]:
+    """What runs inside leaves no trace in a backend."""
+    state = backend._state
+    held = [backend._tokens, backend._at, backend.slab, *(getattr(state, field.name) for field in fields(state))]
+    before = [x.clone() for x in held]
+    yield
+    for x, old in zip(held, before, strict=True):
+        x.copy_(old)
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_captured_and_replayed_steps_write_the_same_clips(small, script, monkeypatch, float8: bool) -> None:
+    """The order of warm-up, capture and replay, with a stand-in for CUDA's graphs and streams."""
+    check = script("benchmarks/runtime/check_fused.py")
+    decoder, texts = small
+
+    def clips(backend: FusedBackend) -> list[list[int]]:
+        made = check.jobs(texts, 9)
+        return [c.tokens for c in check._run(Scheduler(backend, decoder.config, len(made)), made, every=1)]
+
+    by_calls, captured = (FusedBackend(decoder, 8, 30, float8=float8) for _ in range(2))
+    run, graphs = captured._run, []
+
+    def told(key: object, call: Callable[[], Tensor]) -> Tensor:
+        StandInGraph.pending = staticmethod(call)
+        return run(key, call)
+
+    def capture(graph: StandInGraph, **_: object) -> object:
+        graph.call = graph.pending
+        graphs.append(graph)
+        return unseen(captured)
+
+    class Cuda:
+        CUDAGraph, graph = StandInGraph, staticmethod(capture)
+        stream = staticmethod(nullcontext)
+        Stream = current_stream = staticmethod(lambda *_: SimpleNamespace(wait_stream=lambda *_: None))
+
+    class Torch:
+        cuda = Cuda
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+    monkeypatch.setattr("kinetok.runtime.backends.fused.torch", Torch())
+    monkeypatch.setattr(captured, "_pool", object())
+    monkeypatch.setattr(captured, "_sent", torch.tensor)
+    monkeypatch.setattr(captured, "_run", told)
+    replays = []
+
+    def replay(graph: StandInGraph) -> None:
+        replays.append(graph)
+        result = next(result for one, result in captured._graphs.values() if one is graph)
+        with torch.inference_mode():
+            result.copy_(graph.call())
+
+    monkeypatch.setattr(StandInGraph, "replay", replay, raising=False)
+    assert clips(captured) == clips(by_calls)
+    kinds = {key[0] for key in captured._graphs}
+    assert {"greedy", "plain", "guided"} <= kinds and len(replays) > len(graphs) == len(captured._graphs)
