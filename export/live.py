@@ -1,4 +1,4 @@
-"""A loaded decoder's decode graph, for ONNX Runtime in the same process: nothing is written, weights are not copied."""
+"""Graphs of loaded modules, for ONNX Runtime in the same process: nothing is written, weights are not copied."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 
 from kinetok.export.decoder import DecoderExport, module_tensors
+from kinetok.export.detokenizer import DetokenizerExport
 from kinetok.export.graph import ELEMENTS, Make, TensorProto
 from kinetok.export.precision import Precision
 from kinetok.model.decoder import MotionDecoder
+from kinetok.model.tokenizer import MotionTokenizer
+from kinetok.motion.features import FEATURES
 
 
 class HeldWeights:
@@ -37,3 +40,10 @@ def decode_graph(decoder: MotionDecoder) -> tuple[bytes, dict[str, np.ndarray]]:
     )
     graph = export.decode(held)
     return graph.model().SerializeToString(), held.arrays
+
+
+def stream_graph(tokenizer: MotionTokenizer) -> tuple[bytes, dict[str, np.ndarray]]:
+    """The streaming detokenizer (``DetokenizerExport.stream``), whose frames stay normalised, and its weights."""
+    held = HeldWeights()
+    export = DetokenizerExport(tokenizer=tokenizer, mean=np.zeros(FEATURES), std=np.ones(FEATURES))
+    return export.stream(held).graph.model().SerializeToString(), held.arrays

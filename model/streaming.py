@@ -5,7 +5,7 @@ what it would compute before the first or after the last step of a clip is zeroe
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class _Clock:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Clip:
+class Clip:
     """A slot's clip so far: tokens pushed, frames made. Never changed, only replaced, so that a push that is cut off leaves
     every slot as it was or as it should be."""
 
@@ -50,7 +50,7 @@ class _Clip:
 class _Lines:
     """The last steps of what passed, for every place of the network that needs them again: ``[n, span, C]`` each."""
 
-    def __init__(self, clips: Sequence[_Clip]) -> None:
+    def __init__(self, clips: Sequence[Clip]) -> None:
         self.clips, self.new = clips, list[Tensor]()
 
     def through(self, x: Tensor, span: int) -> Tensor:
@@ -154,11 +154,11 @@ class StreamingDetokenizer:
         conv(net.last)
         self._late = late * tokenizer.config.patch_size  # frames
         self.lookahead = -(-self._late // tokenizer.config.frames_per_token)
-        self.clips = [_Clip()] * slots
+        self.clips = [Clip()] * slots
 
     def reset(self, slot: int) -> None:
         """Start a new clip in a slot."""
-        self.clips[slot] = _Clip()
+        self.clips[slot] = Clip()
 
     def copy(self, source: int, target: int) -> None:
         """Make ``target`` what ``source`` is."""
@@ -175,49 +175,46 @@ class StreamingDetokenizer:
             raise UserError(f"expected whole tokens [{len(slots)}, k], got {tokens.dtype} {list(tokens.shape)}")
         if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < config.codebook):
             raise UserError(f"expected tokens from 0 to {config.codebook - 1}")
-        project, weight = self.tokenizer.project_out, self.tokenizer.decoder.last.weight
-        x = fsq_dequantize(tokens.to(weight.device), config.levels).to(weight.dtype)
-        if isinstance(project, nn.Linear):
-            x = _product(x, project.weight, project.bias)
-        return self._run(slots, x, [ENDLESS] * len(slots))
+        return self._run(slots, tokens, [ENDLESS] * len(slots))
 
     @torch.inference_mode()
     def finish(self, slots: Sequence[int]) -> list[Tensor]:
         """The frames still missing of clips that end here; the slots must be reset before they are used again."""
         ends = [self.clips[slot].pushed for slot in slots]
-        nothing = self.tokenizer.decoder.first.weight.new_zeros(
-            len(slots), self.lookahead, self.tokenizer.config.code_dim
-        )
-        return self._run(slots, nothing, ends)
+        # Any tokens: they stand behind the clips' ends.
+        return self._run(slots, torch.zeros(len(slots), self.lookahead, dtype=torch.int64), ends)
 
-    def _run(self, slots: Sequence[int], x: Tensor, ends: Sequence[int]) -> list[Tensor]:
-        config, steps = self.tokenizer.config, x.shape[1]
+    def _run(self, slots: Sequence[int], tokens: Tensor, ends: Sequence[int]) -> list[Tensor]:
+        config, steps = self.tokenizer.config, tokens.shape[1]
         if not slots:
             return []
-        if not steps:
-            for slot, end in zip(slots, ends, strict=True):
-                nothing = x.new_zeros(0, config.input_dim)
-                self.clips[slot] = replace(self.clips[slot], newest=nothing, ended=end < ENDLESS)
-            return [x.new_zeros(0, config.input_dim) for _ in slots]
         clips = [self.clips[slot] for slot in slots]
+        if steps:
+            frames, kept = self._frames(clips, tokens, ends)
+        else:
+            frames = self.tokenizer.decoder.first.weight.new_zeros(len(slots), 0, config.input_dim)
+            kept = [clip.kept for clip in clips]
+        unit = config.frames_per_token
+        result = []
+        for row, (clip, end) in enumerate(zip(clips, ends, strict=True)):
+            first = clip.pushed * unit - self._late
+            result.append(frames[row, max(0, -first) : max(0, min(frames.shape[1], end * unit - first))])
+        for slot, clip, end, frame, lines in zip(slots, clips, ends, result, kept, strict=True):
+            self.clips[slot] = Clip(clip.pushed + steps, clip.made + len(frame), frame, end < ENDLESS, lines)
+        return result
+
+    def _frames(
+        self, clips: Sequence[Clip], tokens: Tensor, ends: Sequence[int]
+    ) -> tuple[Tensor, list[tuple[Tensor, ...] | None]]:
+        """All frames ``[n, F, 272]`` that ``tokens [n, k]``, k > 0, lead to, late ones too, and what each clip then keeps."""
+        config, project, weight = self.tokenizer.config, self.tokenizer.project_out, self.tokenizer.decoder.last.weight
+        x = fsq_dequantize(tokens.to(weight.device), config.levels).to(weight.dtype)
+        if isinstance(project, nn.Linear):
+            x = _product(x, project.weight, project.bias)
         starts, lines = [clip.pushed for clip in clips], _Lines(clips)
         # Once past a clip's start and before its end nothing needs zeroing.
-        settled = min(starts) >= self.lookahead and max(starts) + steps <= min(ends)
+        settled = min(starts) >= self.lookahead and max(starts) + tokens.shape[1] <= min(ends)
         clock = None if settled else _Clock(*(torch.tensor(list(v), device=x.device) for v in (starts, ends)))
         for rate, stage in self.stages:
             x = stage(x, lines, None if clock is None else clock.rated(rate))
-        frames = self.tokenizer.unpatch(x)
-        unit = config.frames_per_token
-        result = []
-        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            first = start * unit - self._late
-            result.append(frames[row, max(0, -first) : max(0, min(frames.shape[1], end * unit - first))])
-        for row, (slot, clip, frame) in enumerate(zip(slots, clips, result, strict=True)):
-            self.clips[slot] = _Clip(
-                clip.pushed + steps,
-                clip.made + len(frame),
-                frame,
-                ends[row] < ENDLESS,
-                tuple(line[row] for line in lines.new),
-            )
-        return result
+        return self.tokenizer.unpatch(x), [tuple(line[row] for line in lines.new) for row in range(len(clips))]

@@ -12,10 +12,9 @@ from kinetok.errors import UserError
 from kinetok.kernels.kinematics import HEADING_CHANGE, ROOT_VELOCITY, local_pose, matrix_from_6d, sixd_from_matrix
 from kinetok.model.config import FRAME_RATE
 from kinetok.model.pretrained import ModelBundle
-from kinetok.model.streaming import StreamingDetokenizer
 from kinetok.motion import Motion
 from kinetok.motion.features import ROTATIONS
-from kinetok.runtime.backends import open_backend
+from kinetok.runtime.backends import open_backend, open_detokenizer
 from kinetok.runtime.character import Character, Job
 from kinetok.runtime.memory import memory_plan
 from kinetok.runtime.scheduler import Scheduler
@@ -81,7 +80,7 @@ class Crowd:
         device = model.tokenizer.decoder.last.weight.device
         with memory_plan(f"a crowd of {characters} characters with {positions} positions each", device):
             self.scheduler = Scheduler(open_backend(backend, model, slots, positions, kv), model.decoder.config, queue)
-            self.detokenizer = StreamingDetokenizer(model.tokenizer, slots)
+            self.detokenizer = open_detokenizer(backend, model.tokenizer, slots)
         # Frames are made beside the decoder's next step, which is under way by then.
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._scale, self._shift = (torch.from_numpy(x).to(device, torch.float32) for x in (model.std, model.mean))

@@ -134,7 +134,7 @@ class LiveOnnxBackend(TorchBackend):
                 "backend onnx: expected plain fp32 weights on a CPU; make a bundle with kinetok export onnx MODEL --out DIR, "
                 "and name it as onnx:DIR"
             )
-        bind = partial(bound, _live_session(decoder))
+        bind = partial(bound, live_session(decoder, "decode_graph"))
         self._step = SlotSteps(bind, slots, capacity, decoder.config.head_rows, self._cache)
         self.slab.zero_()
         self.lengths = self._step.lengths
@@ -153,21 +153,24 @@ class LiveOnnxBackend(TorchBackend):
         return [[part[start:stop] for part in layer] for layer in self.slab.unbind(1)]
 
 
-_SESSIONS: "WeakKeyDictionary[MotionDecoder, dict[int, Any]]" = WeakKeyDictionary()
+_SESSIONS: "WeakKeyDictionary[nn.Module, dict[tuple[str, int], Any]]" = WeakKeyDictionary()
 _OPENING = Lock()
 
 
-def _live_session(decoder: MotionDecoder) -> Any:
-    """The session of a decoder with the weights that it has now, for torch's number of threads; made once."""
+def live_session(module: nn.Module, graph: str) -> Any:
+    """The session of a module with the weights that it has now, for torch's number of threads; made once.
+
+    graph: the function of ``kinetok.export.live`` that makes it.
+    """
+    parameters = list(module.parameters())
     # Two threads of a step of a millisecond wait for one another longer than they work.
-    small = sum(value.numel() for value in decoder.parameters()) < ONE_THREAD
-    threads = 1 if small else torch.get_num_threads()
+    threads = 1 if sum(value.numel() for value in parameters) < ONE_THREAD else torch.get_num_threads()
     with _OPENING:
-        mine = _SESSIONS.setdefault(decoder, {})
-        if threads not in mine:
-            graph, weights = import_module("kinetok.export.live").decode_graph(decoder)
-            mine[threads] = _session(graph, "the decoder's graph", decoder.embed.weight.device, threads, weights)
-        return mine[threads]
+        mine = _SESSIONS.setdefault(module, {})
+        if (graph, threads) not in mine:
+            model, weights = getattr(import_module("kinetok.export.live"), graph)(module)
+            mine[graph, threads] = _session(model, f"the {graph}", parameters[0].device, threads, weights)
+        return mine[graph, threads]
 
 
 class OnnxDetokenizer:

@@ -112,7 +112,7 @@ def gives_up(*_: object, **__: object) -> None:
         ("kinetok.runtime.engine.load_pretrained", "torch", "the model default"),
         ("kinetok.runtime.backends.torch.torch.zeros", "torch", "a cache of 32 rows of 301 positions"),
         ("kinetok.runtime.backends.fused.FusedDecoderStep", "fused", "a packed copy of the decoder's weights"),
-        ("kinetok.runtime.crowd.StreamingDetokenizer", "torch", "a crowd of 16 characters with 301 positions each"),
+        ("kinetok.model.streaming.StreamingDetokenizer", "torch", "a crowd of 16 characters with 301 positions each"),
     ],
 )
 def test_an_allocator_that_gives_up_at_load_or_submit_is_one_line_with_a_plan(
@@ -122,7 +122,7 @@ def test_an_allocator_that_gives_up_at_load_or_submit_is_one_line_with_a_plan(
 
     def begin() -> None:
         engine = kinetok.load(device="cpu", backend=backend)
-        job = engine._job("walk", kinetok.SamplingParams().resolve(engine.model.sampling), 0, 301)
+        job = engine._job("walk", kinetok.SamplingParams().resolve(engine.model.sampling), 0)
         monkeypatch.setattr(where, gives_up)
         engine._start().submit(job, "walk")
 
@@ -159,9 +159,9 @@ def test_a_crowd_that_cannot_be_made_for_another_reason_says_that_reason(soak, m
     def breaks(*_: object) -> None:
         raise RuntimeError("no such tokenizer")
 
-    monkeypatch.setattr("kinetok.runtime.crowd.StreamingDetokenizer", breaks)
+    monkeypatch.setattr("kinetok.model.streaming.StreamingDetokenizer", breaks)
     with pytest.raises(RuntimeError, match="no such tokenizer"):
-        soak.small_engine().submit("walk")
+        soak.small_engine(backend="torch").submit("walk")
 
 
 def test_bytes_available_here() -> None:
