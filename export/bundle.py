@@ -96,9 +96,8 @@ def export_bundle(
             bundle = Bundle(folder, manifest)
             outputs = run(bundle)
             found = deviation(outputs)
-            report = judge(bundle, outputs, tolerance(exact, found))
-            if not report.passed:
-                first = next(result for result in report.checks if not result.passed)
+            first = judge(bundle, outputs, tolerance(exact, found)).divergence
+            if first is not None:
                 raise UserError(
                     f"the exported graphs disagree with the model, nothing was written: {first.name}: {first.text}"
                 )

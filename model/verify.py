@@ -51,6 +51,11 @@ class Report:
     def passed(self) -> bool:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
+    @property
+    def divergence(self) -> Check | None:
+        """The first check that failed."""
+        return next((check for check in self.checks if not check.passed), None)
+
     def __str__(self) -> str:
         lines = [f"{'pass' if check.passed else 'FAIL'}  {check.name:<14} {check.text}" for check in self.checks]
         failed = sum(not check.passed for check in self.checks)

@@ -28,6 +28,7 @@ def test_verify_and_what_it_notices(kinetok, refused, bundle) -> None:
     path.write_text(json.dumps({**manifest, "golden": [{**first, "first_logits": second["first_logits"]}]}))
     outcome = kinetok("verify", bundle)
     assert outcome.code == 1 and "FAIL  0.first_logits" in outcome.out
+    assert outcome.out.splitlines()[-1].startswith("first divergence: 0.first_logits: largest difference ")
     frames = {**first["frames"], "shape": [2, 271]}
     path.write_text(json.dumps({**manifest, "golden": [{**first, "frames": frames}]}))
     assert "expected a fixture's frames to be" in refused("verify", bundle)

@@ -152,6 +152,8 @@ def verify(
     _few_threads(weights.stat().st_size // 4 if weights.is_file() else 0)
     report = replay(bundle, device)
     print(report)
+    if report.divergence is not None:
+        print(f"first divergence: {report.divergence.name}: {report.divergence.text}")
     sys.exit(0 if report.passed else 1)
 
 
