@@ -153,8 +153,8 @@ def open_backend(name: str, model: ModelBundle, slots: int, capacity: int, kv: s
 def open_detokenizer(backend: str, tokenizer: MotionTokenizer, slots: int) -> streaming.StreamingDetokenizer:
     """What makes frames of tokens as they come, beside the backend of that name.
 
-    With "onnx", which runs on a CPU, ONNX Runtime: it took a half of torch's time for one clip, a third for eight. Of whole
-    clips it is 1.3 times as fast, which nobody would notice beside their decoding, so these stay torch's.
+    With "onnx", which runs on a CPU, ONNX Runtime, which is the faster one there (benchmarks/runtime/bench_detokenizer.py).
+    It is for whole clips too, but by a few milliseconds beside hundreds of decoding, so these stay torch's.
     """
     if backend != "onnx":
         return streaming.StreamingDetokenizer(tokenizer, slots)
