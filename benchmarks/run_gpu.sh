@@ -79,6 +79,10 @@ part() { [[ " $PARTS " == *" $1 "* ]]; }
 if part correctness; then
   step correctness 150 "$PYTHON" benchmarks/kernels/check_gpu.py --json "$OUT/correctness.json" --seconds 140
   step fused 60 "$PYTHON" benchmarks/runtime/check_fused.py --json "$OUT/correctness_fused.json"
+  # Engines are built for this GPU, run, and compared with torch, where a library for them is installed.
+  if "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("onnx") and any(map(u.find_spec, ("tensorrt_rtx", "tensorrt")))))'; then
+    step tensorrt 60 "$PYTHON" -P -m pytest -q -rs -p no:cacheprovider tests/runtime/test_backend_tensorrt.py
+  fi
 fi
 if part runtime; then
   bench decode_7B 90 decode --dtype bf16 --tokens 150 --peers graph,hf
