@@ -30,6 +30,10 @@ from kinetok.runtime.scheduler import Scheduler
 from kinetok.runtime.stream import Stream
 
 T = TypeVar("T")
+ATTENTION = {
+    "torch": "torch scaled_dot_product_attention",
+    "fused": "kinetok decode_attention; torch scaled_dot_product_attention for prompts",
+}
 
 
 def load(path_or_id: str | Path | None = None, device: str = "auto", dtype: str = "auto", **limits: Any) -> "Engine":
@@ -292,7 +296,7 @@ class Engine:
             "backend": self.backend,
             "kv": self.kv,
             "backend_reason": self.backend_reason,
-            "attention": "torch scaled_dot_product_attention",
+            "attention": ATTENTION.get(self.backend.partition(":")[0], "the graph's own"),
         }
 
 
