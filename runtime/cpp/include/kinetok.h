@@ -12,6 +12,10 @@
  * ABI version accepts shorter ones of older headers: what they lack is 0, which means the default. Only kt_character_options
  * must be whole: kt_character_defaults fills it.
  *
+ * Borrowed memory. What a call is given it reads or fills before it returns and never keeps: options, texts, features and
+ * buffers are the host's again then; only allocate, release and context are used until kt_model_close. Strings that calls
+ * hand out belong to the library and say beside them how long they live.
+ *
  * Units: metres (centimetres in the Unreal layout), seconds, radians. Text is UTF-8.
  */
 #ifndef KINETOK_H
@@ -76,9 +80,10 @@ typedef struct kt_model_options {
   uint32_t ahead_frames; /* a character waits when so many frames lie unread; 0: 16 */
   uint32_t threads;      /* of ONNX Runtime in one call; 0: 1 */
   uint32_t flags;        /* KT_OPEN_... */
-  const char *provider;  /* ONNX Runtime's execution provider; NULL: "cpu" */
+  const char *provider;  /* ONNX Runtime's execution provider: "NAME" or "NAME:key=value,key=value"; NULL: "cpu" */
   const char *onnxruntime; /* its library; NULL: $KINETOK_ONNXRUNTIME, then the system's search path */
-  /* Memory whose size grows with characters and positions; NULL: the C++ heap. Aligned to `alignment`, a power of two. */
+  /* All memory but names and tables (tens of kB) and what ONNX Runtime takes itself; NULL: the C++ heap. Aligned to `alignment`,
+   * a power of two. Called in kt_model_open alone; release also in kt_model_close. */
   void *(*allocate)(void *context, size_t bytes, size_t alignment);
   void (*release)(void *context, void *memory, size_t bytes);
   void *context;
@@ -93,7 +98,7 @@ typedef struct kt_model_info {
   uint32_t banked_prompts;              /* ids 0 to this - 1 */
   uint32_t has_text, has_guidance;      /* 1 or 0 */
   uint64_t memory_bytes;                /* asked of the allocator */
-  char provider[32], onnxruntime[32];   /* in use; ONNX Runtime's version */
+  char provider[32], onnxruntime[32];   /* in use, as ONNX Runtime calls it; its version */
 } kt_model_info;
 
 typedef struct kt_character_options {
