@@ -1,5 +1,6 @@
 """``kinetok`` and ``python -m kinetok``: the command line, from its first import on."""
 
+import os
 import sys
 
 
@@ -14,4 +15,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # python -m puts the current folder first. In a checkout the folder kernels there is then taken for a package that
+    # transformers looks for, and anywhere else a stray file for one that we import.
+    if sys.path[0] in ("", os.getcwd()):
+        del sys.path[0]
     main()
