@@ -1,4 +1,4 @@
-"""A decoder whose products are quantised: the packed words of ``kinetok.kernels.linear`` in place of weights."""
+"""A decoder whose products are packed: the tiles of ``kinetok.kernels.linear`` in place of weights, quantised or not."""
 
 import copy
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kinetok.errors import UserError
 from kinetok.kernels.linear import PackedWeight, linear, pack, unpack
-from kinetok.kernels.linear.packing import BATCH, GROUPS, LEAST_BATCH_TILE, ROWS, tile_columns
+from kinetok.kernels.linear.packing import BATCH, FLOATS, GROUPS, LEAST_BATCH_TILE, ROWS, tile_columns
 from kinetok.model.config import _Config
 from kinetok.model.decoder import MotionDecoder
 
@@ -44,16 +44,19 @@ class PackedLinear(nn.Module):
     """
 
     packed_words: Tensor
-    packed_scale: Tensor
+    packed_scale: Tensor | None
 
     def __init__(self, rows: int, columns: int, kind: str, group: int, *, paired: bool = False) -> None:
         super().__init__()
         self.rows, self.columns, self.kind, self.group, self.paired = rows, columns, kind, group, paired
         tiles, width = 2 * -(-rows // (2 * ROWS)), tile_columns(kind)
         across = -(-columns // width)
-        words = torch.empty(tiles, across, ROWS, width // (8 if kind == "int4" else 4), dtype=torch.int32)
-        groups = across * width // group if group else 0
-        scale = torch.empty(tiles, groups, ROWS, dtype=torch.bfloat16) if group else torch.empty(tiles * ROWS)
+        if kind in FLOATS:
+            words, scale = torch.empty(tiles, across, ROWS, width, dtype=FLOATS[kind]), None
+        else:
+            words = torch.empty(tiles, across, ROWS, width // (8 if kind == "int4" else 4), dtype=torch.int32)
+            groups = across * width // group if group else 0
+            scale = torch.empty(tiles, groups, ROWS, dtype=torch.bfloat16) if group else torch.empty(tiles * ROWS)
         self.register_buffer("packed_words", words)
         self.register_buffer("packed_scale", scale)
         self._packed: PackedWeight | None = None
@@ -62,11 +65,11 @@ class PackedLinear(nn.Module):
     def of(
         cls, weight: Tensor, kind: str, group: int, *, norm_scale: Tensor | None = None, paired: bool = False
     ) -> "PackedLinear":
-        """Quantise a weight ``[N, K]``; norm_scale ``[K]`` is multiplied in first."""
+        """Pack a weight ``[N, K]``, by ``kernels.linear.pack``; norm_scale ``[K]`` is multiplied in first."""
         packed = pack(weight, kind, group=group, norm_scale=norm_scale, paired=paired)
         with torch.device("meta"):
             made = cls(packed.rows, packed.columns, kind, group, paired=paired)
-        assert packed.scale is not None and packed.data.shape == made.packed_words.shape
+        assert packed.data.shape == made.packed_words.shape
         made.packed_words, made.packed_scale = packed.data, packed.scale
         return made
 
@@ -100,11 +103,8 @@ class PackedLinear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 
-def _layers(
-    decoder: MotionDecoder, quantisation: Quantisation
-) -> list[tuple[nn.Module, str, str, int, nn.Module | None]]:
-    """Products to quantise: owner, name, kind, group, and the norm before it, whose scale goes into the words."""
-    kind, group = quantisation.kind, quantisation.group
+def _layers(decoder: MotionDecoder, kind: str, group: int) -> list[tuple[nn.Module, str, str, int, nn.Module | None]]:
+    """Products to pack: owner, name, kind, group, and the norm before it, whose scale goes into the words."""
     found: list[tuple[nn.Module, str, str, int, nn.Module | None]] = []
     for block in decoder.blocks:
         found += [
@@ -118,17 +118,35 @@ def _layers(
     return found
 
 
-@torch.no_grad()
 def quantise(decoder: MotionDecoder, quantisation: Quantisation) -> MotionDecoder:
     """A copy whose products are packed; the scales of the norms before them are inside and stand at 1. No gradients."""
-    made = copy.deepcopy(decoder).requires_grad_(False)
-    for owner, name, kind, group, norm in _layers(made, quantisation):
-        scale = norm.scale if norm is not None else None
-        weight = getattr(owner, name).weight
-        setattr(owner, name, PackedLinear.of(weight, kind, group, norm_scale=scale, paired=name == "gate_up"))  # type: ignore[arg-type]
+    made = copy.deepcopy(decoder)
+    _pack(made, quantisation.kind, quantisation.group)
+    return made
+
+
+def pack_in_place(decoder: MotionDecoder) -> None:
+    """Pack plain products in their own dtype, one after the other, so that there are never two copies of a decoder.
+
+    What is packed already stays as it is. As ``quantise`` otherwise. Raises ``UserError`` for weights in float64.
+    """
+    kind = {dtype: name for name, dtype in FLOATS.items()}.get(decoder.embed.weight.dtype)
+    if kind is None:
+        raise UserError(f"expected weights in {', '.join(FLOATS)} to pack, got {decoder.embed.weight.dtype}")
+    _pack(decoder, kind, 0)
+
+
+@torch.no_grad()
+def _pack(decoder: MotionDecoder, kind: str, group: int) -> None:
+    decoder.requires_grad_(False)
+    for owner, name, kind_, group_, norm in _layers(decoder, kind, group):
+        layer, scale = getattr(owner, name), norm.scale if norm is not None else None
+        if isinstance(layer, PackedLinear):
+            continue
+        made = PackedLinear.of(layer.weight, kind_, group_, norm_scale=scale, paired=name == "gate_up")  # type: ignore[arg-type]
+        setattr(owner, name, made)
         if scale is not None:
             scale.fill_(1)  # type: ignore[operator]
-    return made
 
 
 def unpacked(decoder: MotionDecoder) -> MotionDecoder:
@@ -150,6 +168,12 @@ def unpack_in_place(decoder: MotionDecoder) -> None:
                 setattr(owner, name, plain)
 
 
+def parameter_count(net: nn.Module) -> int:
+    """Numbers of a network, those that packed products stand for among them."""
+    packed = [layer for layer in net.modules() if isinstance(layer, PackedLinear)]
+    return sum(p.numel() for p in net.parameters()) + sum(layer.rows * layer.columns for layer in packed)
+
+
 def unpacked_bytes(decoder: MotionDecoder) -> int:
     """Bytes of the products' values, in the decoder's dtype."""
     layers = [layer for layer in decoder.modules() if isinstance(layer, PackedLinear)]
@@ -158,7 +182,7 @@ def unpacked_bytes(decoder: MotionDecoder) -> int:
 
 def hollow(decoder: MotionDecoder, quantisation: Quantisation) -> MotionDecoder:
     """Put packed products, not yet filled, into a decoder that was just built; returns it."""
-    for owner, name, kind, group, _ in _layers(decoder, quantisation):
+    for owner, name, kind, group, _ in _layers(decoder, quantisation.kind, quantisation.group):
         old = getattr(owner, name)
         setattr(owner, name, PackedLinear(old.out_features, old.in_features, kind, group, paired=name == "gate_up"))
     return decoder

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.model.bank import BankedEncoder, PromptBank
-from kinetok.model.packed import unpack_in_place, unpacked_bytes
+from kinetok.model.packed import pack_in_place, parameter_count, unpack_in_place, unpacked_bytes
 from kinetok.model.pretrained import ModelBundle, choose_device, load_pretrained, weight_bytes
 from kinetok.model.text import check_prompt
 from kinetok.motion import Motion
@@ -24,7 +24,7 @@ from kinetok.runtime.backends.auto import Chosen, choose_backend
 from kinetok.runtime.character import Job
 from kinetok.runtime.crowd import Crowd, Update
 from kinetok.runtime.generate import sample_tokens
-from kinetok.runtime.memory import bytes_available, within_memory
+from kinetok.runtime.memory import bytes_available, memory_plan, within_memory
 from kinetok.runtime.sampling import CARRIED_SECONDS, KEPT_SECONDS, TRAINED_SECONDS, SamplingParams, token_budget
 from kinetok.runtime.scheduler import Scheduler
 from kinetok.runtime.stream import Stream
@@ -41,14 +41,18 @@ def load(path_or_id: str | Path | None = None, device: str = "auto", dtype: str 
 
     device "auto" is CUDA where there is one; dtype "auto" is the stored one on CUDA and float32 on a CPU. limits:
     ``Engine``'s characters, positions, queue, backend and kv. On a CPU quantised weights become the values that they stand
-    for, once; where there is no memory for those they stay packed, which is slow. Raises ``UserError`` for what is not an
+    for, once; where there is no memory for those they stay packed, which is slow. For the backend fused all weights are
+    packed here, without a second copy. Raises ``UserError`` for what is not an
     intact model, and, saying what would fit, where the memory is not there.
     """
     need = weight_bytes(path_or_id, device, dtype)
     with within_memory(f"the model {path_or_id or 'default'}", need, choose_device(device)):
         model = load_pretrained(path_or_id, device, dtype)
     place, free = model.decoder.embed.weight.device, bytes_available(model.decoder.embed.weight.device)
-    if place.type == "cpu" and (free is None or unpacked_bytes(model.decoder) <= free):
+    if limits.get("backend") == "fused":
+        with memory_plan("packing the decoder's weights", place):
+            pack_in_place(model.decoder)
+    elif place.type == "cpu" and (free is None or unpacked_bytes(model.decoder) <= free):
         unpack_in_place(model.decoder)
     return Engine(model, **limits)
 
@@ -285,7 +289,7 @@ class Engine:
         weight = model.decoder.embed.weight
         return {
             "model": str(model.directory),
-            "parameters": sum(p.numel() for net in (model.tokenizer, model.decoder) for p in net.parameters()),
+            "parameters": parameter_count(model.tokenizer) + parameter_count(model.decoder),
             "device": str(weight.device),
             "dtype": str(weight.dtype).removeprefix("torch."),
             "quantisation": model.quantisation.kind if model.quantisation is not None else None,

@@ -9,7 +9,16 @@ import torch
 from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.model.decoder import MotionDecoder
-from kinetok.model.packed import PackedLinear, Quantisation, hollow, quantise, unpacked, unpacked_bytes
+from kinetok.model.packed import (
+    PackedLinear,
+    Quantisation,
+    hollow,
+    pack_in_place,
+    parameter_count,
+    quantise,
+    unpacked,
+    unpacked_bytes,
+)
 from kinetok.model.pretrained import MANIFEST, load_pretrained, save_pretrained, weight_bytes
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
@@ -128,6 +137,30 @@ def test_floats_in_the_place_of_words_are_refused(tmp_path) -> None:
     decoder.blocks[1].down.packed_words = decoder.blocks[1].down.packed_words.float()
     with pytest.raises(UserError, match=r"blocks\.1\.down\.packed_words: expected packed words"):
         load_pretrained(save(tmp_path / "m", decoder, Quantisation(kind="int8")), "cpu")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_in_place_a_decoder_says_the_same(tied: bool, dtype: torch.dtype) -> None:
+    decoder, wanted = (small(tie_weights=tied).to(dtype) for _ in range(2))
+    count = parameter_count(decoder)
+    pack_in_place(decoder)
+    layers = [layer for layer in decoder.modules() if isinstance(layer, PackedLinear)]
+    assert len(layers) == (8 if tied else 9) and all(layer.packed_words.dtype == dtype for layer in layers)
+    assert [type(m) for m in decoder.modules() if isinstance(m, torch.nn.Linear)] == [torch.nn.Linear] * (1 + tied)
+    assert parameter_count(decoder) == count == sum(p.numel() for p in wanted.parameters())
+    tokens, features, mask = torch.randint(240, (2, 10)), torch.randn(2, 3, 6), torch.ones(2, 3)
+    exact = small(tie_weights=tied)(tokens, features, mask)
+    error = [float((net(tokens, features, mask).float() - exact).norm() / exact.norm()) for net in (decoder, wanted)]
+    assert error[0] < (1e-5 if dtype == torch.float32 else 1.5 * error[1])
+    before = decoder.blocks[0].qkv
+    pack_in_place(decoder)
+    assert decoder.blocks[0].qkv is before
+    quantised = quantise(small(), Quantisation(kind="int8"))
+    pack_in_place(quantised)
+    assert {layer.kind for layer in quantised.modules() if isinstance(layer, PackedLinear)} == {"int8"}
+    with pytest.raises(UserError, match="float64"):
+        pack_in_place(small().double())
 
 
 def test_hollow_has_the_shapes_of_quantise() -> None:

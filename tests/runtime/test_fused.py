@@ -18,7 +18,7 @@ from kinetok.kernels.sampling import op as sampling
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decode_step import FusedDecoderStep
 from kinetok.model.decoder import MotionDecoder
-from kinetok.model.packed import Quantisation, quantise
+from kinetok.model.packed import PackedLinear, Quantisation, quantise
 from kinetok.runtime.backends import open_backend
 from kinetok.runtime.backends.fused import Drawn, FusedBackend, kv_scale_of, packed_step
 from kinetok.runtime.backends.torch import TorchBackend
@@ -48,6 +48,15 @@ def test_weights_are_packed_once(engine) -> None:
     backends = [open_backend("fused", engine.model, 1, 20, kv) for kv in ("auto", "fp8", "fp32")]
     assert [b.slab.dtype for b in backends] == [torch.float32, torch.float8_e4m3fn, torch.float32]
     assert all(b._step is packed_step(decoder) for b in backends)
+    assert isinstance(decoder.blocks[0].qkv, PackedLinear)  # by load: there is no second copy
+    assert backends[0]._step.layers[1].down.data is decoder.blocks[1].down.packed_words
+    assert engine.describe()["parameters"] == kinetok.load(device="cpu").describe()["parameters"]
+
+
+def test_a_model_loaded_for_the_fused_backend_writes_torchs_clip(engine) -> None:
+    others = [kinetok.load(device="cpu", backend=name) for name in ("torch", "fused")]
+    clips = [e.generate("a person walks forward", seconds=1.2, guidance=2.0, seed=5)[0].features for e in others]
+    assert abs(clips[0] - clips[1]).max() < 1e-3
 
 
 @pytest.mark.parametrize(("kind", "group"), [("int8", 0), ("int4", 64), ("fp8", 0)])
