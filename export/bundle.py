@@ -81,10 +81,7 @@ def export_bundle(
         raise UserError(f"kv: expected one of {', '.join(KV_DTYPES)}, got {kv!r}")
     if opset not in OPSETS:
         raise UserError(f"opset: expected one of {', '.join(map(str, OPSETS))}, got {opset}")
-    if model.quantisation is not None:
-        raise UserError(
-            f"{model.directory} is quantised already ({model.quantisation.kind}): export the original, --dtype int8 or int4"
-        )
+    check_original(model)
     kv_dtype = np.dtype(KV_DTYPES[kv]) if kv is not None else precision.activations
     # float() below acts in place: a decoder that is loaded for exporting is nobody else's.
     with whole_directory(Path(out), lambda folder: (folder / MANIFEST).is_file(), "a bundle") as folder:
@@ -208,6 +205,14 @@ def _write(
         files[path.name] = {"sha256": digest, "bytes": size}
     manifest["files"] = files
     return manifest
+
+
+def check_original(model: ModelBundle) -> None:
+    """Raise ``UserError`` for a quantised model, whose weights have been rounded once."""
+    if model.quantisation is not None:
+        raise UserError(
+            f"{model.directory} is quantised already ({model.quantisation.kind}): export the original, --dtype int8 or int4"
+        )
 
 
 def decoder_facts(config: DecoderConfig) -> dict[str, Any]:

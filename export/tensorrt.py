@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kinetok.errors import UserError
-from kinetok.export.bundle import decoder_facts
+from kinetok.export.bundle import check_original, decoder_facts
 from kinetok.export.decoder import DecoderExport, module_tensors
 from kinetok.export.detokenizer import DetokenizerExport
 from kinetok.export.engine_builder import EngineBuilder, Sizes
@@ -98,6 +98,7 @@ def export_engines(
     length = config.block_size if positions is None else positions
     if not 2 <= length <= config.block_size:
         raise UserError(f"positions: expected 2 to {config.block_size}, got {length}")
+    check_original(model)
     trt = library(kind, f"kinetok export {kind}")
     capabilities = check_targets(trt, kind, targets)
     text = min(MAX_FEATURES, length - 1)
