@@ -175,7 +175,7 @@ void Model::prompt(uint32_t index, const kt_prompt_source& source) {
   plan.buffer = 1 - (c.with_worker ? c.job.plan.buffer : c.plan.buffer);
   const float* features = nullptr;
   if (source.text) {
-    if (!words_) throw Error(KT_ERROR_STATE, "this model has no text encoder, or was opened without: give a banked prompt or features");
+    if (!words_) throw Error(KT_ERROR_STATE, "this model has no text encoder that this library runs (MiniLM; not Flan-T5), or was opened without: give a banked prompt or features");
     plan.ids = words_->encode(source.text, ids_, bundle_.text.max_ids);
     plan.rows = plan.ids + bundle_.max_features - bundle_.text.max_ids;
   } else if (source.features) {

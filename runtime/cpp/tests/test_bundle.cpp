@@ -59,6 +59,11 @@ TEST(impossible_manifests_are_refused) {
   Bundle::parse(changed("\"version\": 1", "\"unknown\": [1], \"version\": 1"));
 }
 
+TEST(another_text_encoder_is_left_out) {
+  const Bundle own = Bundle::parse(manifest()), other = Bundle::parse(changed("\"vocab\": ", "\"tokenizer\": "));
+  CHECK(own.has_graph("text_encoder") && !other.has_graph("text_encoder") && other.bank.size() == own.bank.size());
+}
+
 TEST(sentences_that_are_no_utf8_are_refused) {
   const Bundle bundle(bundle_folder);
   WordPiece words(bundle.text, read_file(bundle.file(bundle.text.vocab, false), 64u << 20));
