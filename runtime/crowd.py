@@ -1,7 +1,8 @@
 """Characters under way, from their jobs to frames that somebody reads: the scheduler's tokens, detokenized as they come."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -88,11 +89,38 @@ class Crowd:
         self._queue = queue
         self._figures: dict[int, _Figure] = {}
         self._next = 1
-        self._lock = threading.RLock()
+        self._lock, self._busy = threading.RLock(), False
+        self._doomed: list[int] = []  # cancelled in the middle of a call of the same thread
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time, other threads wait. A signal handler would wait for its own thread for ever: it may only
+        ``cancel``, which then counts from the end of the call that it came into."""
+        if self._inside():
+            raise UserError("this thread is in the middle of another call: a signal handler may only cancel")
+        with self._lock:
+            self._busy = True
+            try:
+                self._cancel_doomed()
+                yield
+                self._cancel_doomed()
+            finally:
+                self._busy = False
+
+    def _inside(self) -> bool:
+        """Whether a signal handler came into a call of its own thread. Ctrl-C may have left ``_busy`` set, the lock never."""
+        return self._busy and self._lock._is_owned()  # type: ignore[attr-defined]
+
+    def _cancel_doomed(self) -> None:
+        while self._doomed:
+            figure = self._figures.pop(self._doomed[-1], None)
+            if figure is not None:
+                self.scheduler.cancel(figure.character)
+            self._doomed.pop()
 
     def submit(self, job: Job, text: str) -> int:
         """Put a character into the queue. Raises ``UserError`` when too many wait or lie unread, or it can never run."""
-        with self._lock:
+        with self._turn():
             unread = sum(figure.character.over for figure in self._figures.values())
             if unread >= self._queue:
                 raise UserError(f"{unread} characters are over and unread: poll or cancel some of them first")
@@ -113,7 +141,7 @@ class Crowd:
 
     def step(self) -> int:
         """One token for everyone who runs and is read; returns how many characters got one or ended (0: nothing to do)."""
-        with self._lock:
+        with self._turn():
             known = {id(figure.character) for figure in self._figures.values()}
             for character in self.scheduler.characters:
                 if id(character) not in known:  # its submit was cut off before there was a handle
@@ -125,7 +153,7 @@ class Crowd:
 
     def poll(self, handle: int) -> Update:
         """The frames since the last poll. A character that is over is forgotten once this has said so."""
-        with self._lock:
+        with self._turn():
             figure = self._get(handle)
             character = figure.character
             motion = self._block(figure) if figure.reading.unread else None
@@ -137,20 +165,24 @@ class Crowd:
 
     def waiting(self, handle: int) -> str:
         """A character's state, without reading its frames."""
-        with self._lock:
+        with self._turn():
             character = self._get(handle).character
             return "paused" if character.paused else character.state
 
     def cancel(self, handle: int) -> None:
-        """End a character and forget it, its unread frames too."""
-        with self._lock:
+        """End a character and forget it, its unread frames too. A signal handler may call this in the middle of anything."""
+        if self._inside():
+            self._get(handle)
+            self._doomed.append(handle)
+            return
+        with self._turn():
             figure = self._get(handle)
             self.scheduler.cancel(figure.character)
             del self._figures[handle]
 
     def fork(self, handle: int, job: Job) -> int:
         """A twin with the same past, which goes on by ``job``'s draws; its first frame is the one after the newest."""
-        with self._lock:
+        with self._turn():
             figure = self._get(handle)
             self._detokenize()
             twin = _Figure(self.scheduler.fork(figure.character, job), figure.text)
@@ -167,18 +199,18 @@ class Crowd:
 
     def redirect(self, handle: int, job: Job, carry: int, text: str) -> None:
         """Another prompt from the next token on, with the last ``carry`` tokens behind it; the pose goes on."""
-        with self._lock:
+        with self._turn():
             figure = self._get(handle)
             self.scheduler.redirect(figure.character, job, carry)
             figure.text = text
 
     def job(self, handle: int) -> Job:
-        with self._lock:
+        with self._turn():
             return self._get(handle).character.job
 
     def written(self, handle: int) -> int:
         """Tokens so far."""
-        with self._lock:
+        with self._turn():
             return len(self._get(handle).character.tokens)
 
     def _free_place(self) -> int:
