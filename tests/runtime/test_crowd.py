@@ -1,7 +1,20 @@
-"""The crowd through the engine: frames in any company, twins, readers who stop, errors in the middle, random stories."""
+"""The crowd through the engine: frames in any company, twins, readers who stop, errors in the middle, random stories.
+
+Where the faults that a crowd must survive are tested:
+- cancel at any moment: test_a_signal_handler_cancels_anywhere_in_a_step, test_calls_come_from_several_threads, Stories
+- random joins, leaves and cancels, no leak and no cross-talk: test_random_stories; ten thousand events of the same rules
+  are benchmarks/runtime/soak_crowd.py
+- queue full: test_a_full_queue_refuses_and_takes_again, test_clips_that_nobody_reads_fill_the_place_of_new_ones
+- prompt too long, budget beyond the cache: test_bad_wishes, test_scheduler.py test_what_can_never_run_is_refused
+- a consumer that stops reading: test_a_reader_who_stops_stands_still_and_holds_nobody_up
+- Ctrl-C: test_ctrl_c_anywhere_in_a_step_changes_nobodys_frames, tests/cli/test_generate.py test_ctrl_c_of_a_long_clip_...
+- an exception in a step: test_scheduler.py test_a_step_that_was_cut_off_can_be_repeated, test_one_that_cannot_be_...,
+  test_one_whose_logits_...; test_frames_that_are_no_numbers_end_their_character_alone; the "fault" of Stories
+"""
 
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -144,6 +157,29 @@ def test_frames_that_are_no_numbers_end_their_character_alone(soak) -> None:
 STEP = ("scheduler.py", "steps.py", "ahead.py", "crowd.py", "streaming.py", "backends/torch.py", "backends/fused.py")
 
 
+def traced(step, number: int | None, act) -> int:
+    """Run a step, and ``act`` in front of its line number ``number``; how many lines it has."""
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if not frame.f_code.co_filename.endswith(STEP):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == number:
+                act()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        step()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
 def told(soak, backend: str, interrupt: int | None) -> tuple[int, list]:
     """Three characters, the fourth step of whom is cut off at its line number ``interrupt``; how many lines it has, and
     everyone's frames and state."""
@@ -155,26 +191,13 @@ def told(soak, backend: str, interrupt: int | None) -> tuple[int, list]:
     engine._start()._figures[handles[2]].character.job = replace(
         engine._start().job(handles[2]), least=9, most=9, window=3, keep=2
     )
+
+    def cut_off() -> None:
+        raise KeyboardInterrupt
+
     lines = 0
-
-    def trace(frame, event, _):
-        nonlocal lines
-        if not frame.f_code.co_filename.endswith(STEP):
-            return None
-        if event == "line":
-            lines += 1
-            if lines == interrupt:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        engine.step()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
+    with suppress(KeyboardInterrupt):
+        lines = traced(engine.step, interrupt, cut_off)
     return lines, [read(engine, handle) for handle in handles]
 
 
@@ -186,6 +209,48 @@ def test_ctrl_c_anywhere_in_a_step_changes_nobodys_frames(soak, backend: str) ->
         _, got = told(soak, backend, interrupt)
         for (frames, state), (wanted, _) in zip(got, expected, strict=True):
             assert state == "done" and np.array_equal(frames, wanted), f"cut off at line {interrupt} of {lines}"
+
+
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_a_signal_handler_cancels_anywhere_in_a_step(soak, backend: str) -> None:
+    """Its call is one of the same thread, in the middle of the step, which goes on behind it."""
+
+    def story(number: int | None, victim: int) -> tuple[int, list]:
+        engine = soak.small_engine(causal=False, backend=backend)
+        handles = [engine.submit("walk", request=i, seconds=0.6, guidance=2.0 - i % 2) for i in range(3)]
+        for _ in range(3):
+            engine.step()
+        lines = traced(engine.step, number, lambda: engine.cancel(handles[victim]))
+        others = [read(engine, handle) for handle in handles if number is None or handle != handles[victim]]
+        if number is not None:
+            with pytest.raises(UserError, match="no character"):
+                engine.poll(handles[victim])
+        scheduler = engine._start().scheduler
+        assert len(scheduler.free) == scheduler.backend.slots
+        return lines, others
+
+    lines, expected = story(None, 0)
+    for number in range(1, lines, lines // 15):
+        victim = number % 2
+        for (frames, state), (wanted, _) in zip(
+            story(number, victim)[1], expected[:victim] + expected[victim + 1 :], strict=True
+        ):
+            assert state == "done" and np.array_equal(frames, wanted), f"cancelled at line {number} of {lines}"
+
+
+def test_a_signal_handler_may_do_nothing_else(soak) -> None:
+    engine, said = soak.small_engine(), []
+    handle = engine.submit("walk", seconds=0.4)
+    lines = traced(engine.step, None, None)
+
+    def act() -> None:
+        for call in (engine.step, lambda: engine.poll(handle), lambda: engine.submit("sit")):
+            with pytest.raises(UserError, match="may only cancel") as error:
+                call()
+            said.append(error)
+
+    traced(engine.step, lines // 2, act)
+    assert len(said) == 3 and read(engine, handle)[1] == "done"
 
 
 def test_calls_come_from_several_threads(soak) -> None:
