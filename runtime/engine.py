@@ -228,8 +228,6 @@ class Engine:
     def _start(self) -> Crowd:
         if self._crowd is not None:  # a signal handler must not wait for the lock of its own thread
             return self._crowd
-        if self._crowd is not None:  # a signal handler must not wait for the lock of its own thread
-            return self._crowd
         with self._making:
             if self._crowd is None:
                 self._crowd = Crowd(self.model, self.backend, self.characters, self.positions, self.queue, self.kv)
