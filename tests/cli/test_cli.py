@@ -118,6 +118,7 @@ def test_doctor(kinetok, monkeypatch):
         {"fp32", "bf16", "int8", "fp8", "int4"}
     ]
     assert [line.split(" with")[0] for line in report["plan"]] == ["7B in int4", "3B in int8", "default in fp32"]
+    assert ["slow" in line for line in report["plan"]] == [True, True, False]
     assert report["measured"]["copy_gb_per_s"] == 20 and len(report["memory"]["needed"]) == 9
     text = kinetok("doctor", "--characters", "64").out
     assert all(name in text for name in ("torch", "pybvh", "viser", "device", "default model", "copy_gb_per_s 20.0"))

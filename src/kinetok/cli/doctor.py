@@ -125,9 +125,16 @@ def _report(characters: int) -> dict[str, Any]:
                 for count in (1, 16, 64)
             ],
         },
-        "plan": [str(one) for one in memory.plan(free, characters)] if free is not None else [],
+        "plan": [_planned(one, device) for one in memory.plan(free, characters)] if free is not None else [],
         "default_model": model,
     }
+
+
+def _planned(one: Any, device: Any) -> str:
+    from kinetok.model.packed import KINDS
+
+    slow = device.type == "cpu" and one.precision in KINDS
+    return f"{one}, slow: a CPU unpacks such weights at every step" if slow else str(one)
 
 
 def _no_cuda(seen: list[str]) -> str:
