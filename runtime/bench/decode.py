@@ -1,6 +1,5 @@
 """``kinetok bench decode``: a clip's tokens by kinetok and by its peers, in turns, same weights, same tokens."""
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from kinetok.errors import UserError
 from kinetok.model.streaming import StreamingDetokenizer, whole_clip_reason
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.runtime.bench.checks import greedy
-from kinetok.runtime.bench.clock import Marks, Memory, spread
+from kinetok.runtime.bench.clock import Marks, Memory, release, spread
 from kinetok.runtime.bench.figures import characters, latencies, median_ratio, name_of, rates
 from kinetok.runtime.bench.llama import Compiled, HuggingFace
 from kinetok.runtime.bench.record import Report, Row, Save, unsaved
@@ -136,6 +135,7 @@ def measure(
     for count in settings.tokens:
         fits(subject.plain.config, settings.text, count)
     for batch in settings.batch:
+        release(device)
         generator = torch.Generator(device).manual_seed(1)
         features = torch.randn(batch, settings.text, subject.plain.config.text_dim, generator=generator, device=device)
         entrants: dict[str, _Entrant] = {}
@@ -161,7 +161,6 @@ def measure(
             report.more = {"characters_in_real_time": characters(report.rows)}
             save(report.whole())
         del entrants
-        gc.collect()
     return report.whole()
 
 

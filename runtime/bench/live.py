@@ -1,6 +1,5 @@
 """``kinetok bench stream`` and ``crowd``: an engine as a game drives it, frames as they come, many characters at once."""
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 
 from kinetok.errors import UserError
 from kinetok.model.config import FRAME_RATE
-from kinetok.runtime.bench.clock import Memory, spread
+from kinetok.runtime.bench.clock import Memory, release, spread
 from kinetok.runtime.bench.decode import one_line, too_big
 from kinetok.runtime.bench.figures import characters, name_of
 from kinetok.runtime.bench.record import Report, Row, Save, unsaved
@@ -186,6 +185,7 @@ def crowd(settings: LiveSettings, tell: Callable[[str], None] = print, save: Sav
     """
     report, subject = _begin(settings)
     for count in settings.characters:
+        release(settings.device)
         try:
             row = _crowd(subject, settings, count)
         except Exception as error:
@@ -204,9 +204,6 @@ def crowd(settings: LiveSettings, tell: Callable[[str], None] = print, save: Sav
                 )
         report.more = {"characters_in_real_time": characters(report.rows)}
         save(report.whole())
-        gc.collect()
-        if settings.device.type == "cuda":
-            torch.cuda.empty_cache()
     return report.whole()
 
 

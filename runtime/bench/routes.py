@@ -4,7 +4,7 @@ Each is greedy over the motion tokens (the end token is banned, so that all writ
 ``[B, L, D]``, calls ``mark`` after each token, and returns tokens ``[B, n]``. The rows' texts are equally long.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from kinetok.kernels.sampling import Draw
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.pretrained import ModelBundle, build
-from kinetok.runtime.backends import Backend, DrawingBackend, open_backend
+from kinetok.runtime.backends import Backend, DrawingBackend, Reading, open_backend
 from kinetok.runtime.backends.auto import choose_backend
 from kinetok.runtime.bench.subject import own_copy
 
@@ -112,8 +112,16 @@ class Backended:
         for _ in range(count - 1):
             readings.append(backend.decode_and_draw(slots))
             mark()
-        rows = [[reading.token(slot) for reading in (firsts[slot], *readings)] for slot in slots]
-        return torch.tensor(rows, device=features.device)
+        begun = torch.cat([told(first, [slot], features.device) for slot, first in zip(slots, firsts, strict=True)])
+        return torch.stack([begun, *(told(reading, slots, features.device) for reading in readings)], 1)
+
+
+def told(reading: Reading, slots: Sequence[int], device: torch.device) -> Tensor:
+    """The tokens ``[B]`` of these slots. Raises ``CannotRun`` where one's logits were no numbers."""
+    tokens = [reading.token(slot) for slot in slots]
+    if None in tokens:
+        raise CannotRun("its logits were no numbers")
+    return torch.tensor(tokens, device=device)
 
 
 def greedy_draw(count: int) -> Draw:

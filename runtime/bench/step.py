@@ -1,6 +1,5 @@
 """``kinetok bench step``: one decode step with the cache filled to given positions, for any number of characters."""
 
-import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from torch import Tensor
 from kinetok.errors import UserError
 from kinetok.runtime.backends import Backend, DrawingBackend, open_backend
 from kinetok.runtime.bench.checks import greedy
-from kinetok.runtime.bench.clock import Marks, Memory, spread
+from kinetok.runtime.bench.clock import Marks, Memory, release, spread
 from kinetok.runtime.bench.decode import one_line, too_big
 from kinetok.runtime.bench.figures import characters, inter_token, median_ratio, name_of, rates
 from kinetok.runtime.bench.record import Report, Row, Save, unsaved
-from kinetok.runtime.bench.routes import greedy_draw, own_backend
+from kinetok.runtime.bench.routes import CannotRun, greedy_draw, own_backend, told
 from kinetok.runtime.bench.subject import Subject, activations, check_dtype, load, own_copy
 
 
@@ -93,8 +92,7 @@ class Runs:
         for _ in range(self.steps):
             readings.append(backend.decode_and_draw(self.slots))
             marks()
-        found = [[reading.token(slot) for slot in self.slots] for reading in readings]
-        return marks, list(torch.tensor(found, device=backend.device))
+        return marks, [told(reading, self.slots, backend.device) for reading in readings]
 
 
 def measure(settings: StepSettings, tell: Callable[[str], None] = print, save: Save = unsaved) -> dict[str, Any]:
@@ -108,10 +106,11 @@ def measure(settings: StepSettings, tell: Callable[[str], None] = print, save: S
     if capacity > subject.plain.config.block_size:
         raise UserError(f"positions: expected at most {subject.plain.config.block_size}, this takes {capacity}")
     for batch in settings.batch:
+        release(device)
         try:
             rows = _rows(subject, settings, batch, capacity, report)
         except Exception as error:
-            if not too_big(error):
+            if not (isinstance(error, CannotRun) or too_big(error)):
                 raise
             rows = []
             tell(report.refuse(route="ours", batch=batch, reason=one_line(error)))
@@ -122,9 +121,6 @@ def measure(settings: StepSettings, tell: Callable[[str], None] = print, save: S
         furthest = [row for row in report.rows if row["context"] == max(settings.positions)]
         report.more = {"characters_in_real_time": characters(furthest)}
         save(report.whole())
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
     return report.whole()
 
 

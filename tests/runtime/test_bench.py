@@ -174,6 +174,18 @@ def test_too_many_characters_for_the_memory_are_named(tiny, monkeypatch) -> None
         assert found["characters_in_real_time"] == {"16.6_ms": 0, "66.7_ms": 0}
 
 
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_weights_that_are_no_numbers_get_no_speed(tiny, backend) -> None:
+    with torch.no_grad():
+        tiny.plain.embed.weight.fill_(torch.nan)
+    asked = step.StepSettings(device=CPU, positions=(30,), text=4, backend=backend)
+    for found in (
+        decode.measure(settings(backend=backend), lambda line: None),
+        step.measure(asked, lambda line: None),
+    ):
+        assert found["rows"] == [] and found["cannot_run"][0]["route"] == "ours"
+
+
 def test_near_ties_are_told_from_other_tokens() -> None:
     plain, text = tiny_subject().plain, features(1, 4)
     ours = routes.Uncached(plain).run(text, 8, lambda: None)
