@@ -67,6 +67,15 @@ def test_another_precision_is_compared_with_the_model(kinetok, refused, model, t
     assert outcome.code == 0 and "(at most 0.1)" in outcome.out
 
 
+def test_bench_runs_on_a_bundle(kinetok, refused, bundle, model, tmp_path) -> None:
+    report = tmp_path / "report.json"
+    options = ("--model", model, "--seconds", "0.4", "--backend")
+    outcome = kinetok("bench", "crowd", *options, f"onnx:{bundle}", "--characters", "2", "--json", report)
+    assert outcome.code == 0, outcome
+    assert f"onnx:{bundle}" in report.read_text()
+    assert "is no bundle" in refused("bench", "crowd", *options, f"onnx:{tmp_path}", "--characters", "2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
