@@ -101,7 +101,7 @@ if part runtime; then
   bench crowd_7B 60 crowd --dtype bf16 --characters 64 --text 95 --seconds 10
 fi
 if part training; then
-  step training 80 "$PYTHON" benchmarks/train/bench_train.py --device cuda --json "$OUT/train.json"
+  step training 240 "$PYTHON" benchmarks/train/bench_train.py --device cuda --json "$OUT/train.json"
   step packing 30 "$PYTHON" benchmarks/train/bench_packing.py --device cuda --json "$OUT/train_packing.json"
 fi
 if part kernels; then
