@@ -3,6 +3,7 @@
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from pathlib import Path
 
 import goals
@@ -12,7 +13,7 @@ import report
 import torch
 
 from kinetok.errors import UserError
-from kinetok.model.config import DecoderConfig
+from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.runtime.bench import decode, figures, live, record, step, subject, tokenizer
 
 CPU = torch.device("cpu")
@@ -25,8 +26,10 @@ def results(monkeypatch, tmp_path) -> Path:
         for name in ("copy_bandwidth", "read_bandwidth", "matmul_rate"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda *_: 1e10)
-    tiny = DecoderConfig(n_layer=1, n_head=2, n_embd=16, text_dim=8, block_size=64)
+    tiny = DecoderConfig(n_layer=1, n_head=2, n_embd=16, codebook=240, text_dim=8, block_size=64)
     monkeypatch.setattr(subject, "decoder_preset", lambda name: tiny)
+    sizes = {"nb_code": 256, "code_dim": 8, "width": 8, "depth": 1}
+    monkeypatch.setattr(subject, "TokenizerConfig", partial(TokenizerConfig, **sizes))
     folder = tmp_path / "results"
     folder.mkdir()
 

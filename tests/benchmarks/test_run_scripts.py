@@ -11,7 +11,7 @@ import pytest
 
 from kinetok.cli import main
 from kinetok.model.config import DecoderConfig, TokenizerConfig
-from kinetok.runtime.bench import figures, record, subject
+from kinetok.runtime.bench import figures, record, subject, tokenizer
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 GPU, CPU = FOLDER / "run_gpu.sh", FOLDER / "runtime" / "run_cpu.sh"
@@ -65,7 +65,8 @@ def tiny(monkeypatch) -> None:
     small = DecoderConfig(n_layer=1, n_head=2, n_embd=128, codebook=240, text_dim=8, block_size=96)
     monkeypatch.setattr(subject, "decoder_preset", lambda name: small)
     sizes = {"nb_code": 256, "code_dim": 8, "width": 8, "depth": 1}
-    monkeypatch.setattr(subject, "TokenizerConfig", partial(TokenizerConfig, **sizes))
+    for module in (subject, tokenizer):
+        monkeypatch.setattr(module, "TokenizerConfig", partial(TokenizerConfig, **sizes))
 
 
 @pytest.fixture
