@@ -9,7 +9,7 @@ from kinetok.errors import UserError
 
 TRAINED_SECONDS = 10.0
 LONGEST_SECONDS = 600.0
-KEPT_SECONDS = 2.0  # of motion that a clip longer than trained prefills anew; with more, a held pose may last for ever
+KEPT_SECONDS = 1.0  # of motion that a clip longer than trained prefills anew; with more, a held pose may last for ever
 CARRIED_SECONDS = (
     2 / 15
 )  # of motion that a new prompt takes over; with more, the old motion goes on (docs/streaming.md)

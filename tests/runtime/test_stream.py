@@ -24,7 +24,7 @@ def test_the_blocks_of_a_stream_are_generates_clip(engine) -> None:
 
 def test_a_stream_without_an_end_goes_on_past_the_trained_length_and_stops_when_told(engine) -> None:
     with engine.stream("a person walks in a circle", seconds=float("inf"), seed=1, guidance=1.0) as stream:
-        blocks = [next(stream) for _ in range(240)]  # 16 s: the window slides twice
+        blocks = [next(stream) for _ in range(300)]  # 20 s: the window slides twice
     root = np.concatenate([block.root for block in blocks])
     assert np.isfinite(root).all() and np.linalg.norm(np.diff(root, axis=0), axis=1).max() < 0.2
     assert next(stream, None) is None

@@ -37,7 +37,7 @@ inline void set_budget(Plan& plan, const Bundle& bundle, double seconds, uint32_
     plan.most = std::min(std::nearbyint(bundle.max_seconds * rate), room);
     plan.least = std::min(plan.most, std::nearbyint(bundle.min_seconds * rate));
   }
-  constexpr double KEPT_SECONDS = 2;
+  constexpr double KEPT_SECONDS = 1;
   plan.window = static_cast<uint32_t>(std::min(std::nearbyint(bundle.max_seconds * rate), room));
   plan.keep = std::max(1u, std::min(static_cast<uint32_t>(std::nearbyint(KEPT_SECONDS * rate)), plan.window / 2));
 }
