@@ -70,8 +70,8 @@ def test_engines_of_the_default_model(rtx, tmp_path) -> None:
         assert bool(runtime.get_engine_validity(data)[1] & malformed) != whole
 
 
-def test_an_engine_of_one_layer_at_the_7bs_width(rtx, tmp_path) -> None:
-    config = DecoderConfig(n_layer=1, n_head=32, n_embd=4096, codebook=510)
+def test_an_engine_of_two_layers_at_the_7bs_width(rtx, tmp_path) -> None:
+    config = DecoderConfig(n_layer=2, n_head=32, n_embd=4096, codebook=510)
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in MotionDecoder(config).state_dict().items()}
     half = Precision(name="fp16", target="tensorrt")
@@ -87,7 +87,8 @@ def test_an_engine_of_one_layer_at_the_7bs_width(rtx, tmp_path) -> None:
         graph = export.decode(WeightFile(file, "weights.bin"))
     (tmp_path / "decode.onnx").write_bytes(graph.model().SerializeToString())
     engine = builder(rtx, "sm_120", 8).build(tmp_path / "decode.onnx")
-    assert len(engine) > 2 * sum(shape.numel() for name, shape in shapes.items() if name.startswith("blocks"))
+    # Both layers hold the same numbers, which the library keeps once.
+    assert len(engine) > 2 * sum(shape.numel() for name, shape in shapes.items() if name.startswith("blocks.0."))
 
 
 def decoder_graphs(decoder: MotionDecoder, dtype: str, folder: Path, capacity: int = 32) -> None:
