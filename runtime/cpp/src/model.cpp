@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t UNKNOWN_END = int64_t{1} << 40;  // more tokens than any clip has
 constexpr double MEASURE_US = 2e5, CARRIED_SECONDS = 1;
+constexpr int MEASURE_RUNS = 3;
 
 double microseconds(std::chrono::steady_clock::duration time) { return std::chrono::duration<double, std::micro>(time).count(); }
 
@@ -93,13 +94,18 @@ void Model::find_empty() {
 void Model::measure() {
   const auto began = Clock::now();
   for (uint32_t count = 1; count <= std::min(Graphs::TOGETHER, options_.characters); ++count) {
-    for (const bool warm : {false, true}) {
+    const bool late = microseconds(Clock::now() - began) > MEASURE_US;  // a large model: sizes cost their share
+    cost_[count] = late ? cost_[count - 1] * count / (count - 1) : std::numeric_limits<double>::infinity();
+    for (int run = 0; run < MEASURE_RUNS && !late; ++run) {
       const auto start = Clock::now();
       graphs_->decode(0, count);
+      for (uint32_t i = 0; i < count; ++i) {
+        sampler_.mix(graphs_->logits_of(i * rows_), guided() ? graphs_->logits_of(i * rows_ + 1) : nullptr, bundle_.guidance);
+        sampler_.draw({0, 0, 0, bundle_.top_k, bundle_.temperature, bundle_.top_p});
+      }
       graphs_->detokenize(0, count);
-      if (warm) learn(count, microseconds(Clock::now() - start));
+      cost_[count] = std::min(cost_[count], microseconds(Clock::now() - start));
     }
-    if (microseconds(Clock::now() - began) > MEASURE_US) return;
   }
 }
 
@@ -316,32 +322,28 @@ bool Model::can_write(const Character& c) const {
   return c.taken && c.state == KT_RUNNING && !c.with_worker && c.unread() + bundle_.frames_per_token <= c.ahead;
 }
 
-double Model::expected(uint32_t count) const {
-  if (cost_[count] > 0) return cost_[count];
-  for (uint32_t known = count; known-- > 1;)
-    if (cost_[known] > 0) return cost_[known] * count / known;
-  return 0;
-}
+double Model::expected(uint32_t count) const { return cost_[count] * slowness_; }
 
-// Dear surprises count at once, cheap ones little by little: a frame that is late is seen, one that is early is not.
+// What was measured at first holds for an idle machine. Dear surprises count more than cheap ones: a frame that is late is seen,
+// one that is early is not.
 void Model::learn(uint32_t count, double us) {
-  double& cost = cost_[count];
-  cost += (us - cost) * (us > cost ? 0.5 : 0.05);
+  const double now = us / cost_[count];
+  slowness_ += (now - slowness_) * (now > slowness_ ? 0.3 : 0.1);
 }
 
-// The hungriest character, and its neighbours as far as the budget goes.
+// The hungriest character, with as many of its neighbours as make a token cheapest and fit the budget.
 bool Model::choose(double budget_us, uint32_t& first, uint32_t& count) const {
   uint32_t best = UINT32_MAX;
   for (uint32_t i = 0; i < characters_.size(); ++i)
     if (can_write(characters_[i]) && (best == UINT32_MAX || characters_[i].unread() < characters_[best].unread())) best = i;
   if (best == UINT32_MAX) return false;
   first = best, count = 1;
-  while (count < Graphs::TOGETHER && expected(count + 1) <= budget_us) {
-    const bool left = first > 0 && can_write(characters_[first - 1]);
-    const bool right = first + count < characters_.size() && can_write(characters_[first + count]);
+  for (uint32_t at = best, n = 1; n < Graphs::TOGETHER && expected(n + 1) <= budget_us;) {
+    const bool left = at > 0 && can_write(characters_[at - 1]);
+    const bool right = at + n < characters_.size() && can_write(characters_[at + n]);
     if (!left && !right) break;
-    if (left && (!right || characters_[first - 1].unread() <= characters_[first + count].unread())) --first;
-    ++count;
+    if (left && (!right || characters_[at - 1].unread() <= characters_[at + n].unread())) --at;
+    if (cost_[++n] / n <= cost_[count] / count) first = at, count = n;
   }
   return true;
 }
@@ -389,7 +391,9 @@ kt_step_report Model::step(uint32_t budget_us) {
       const auto before = Clock::now();
       compute(first, count);
       for (uint32_t i = first; i < first + count; ++i) take_token(i);
-      learn(count, microseconds(Clock::now() - before));
+      // The first token after a text needs no decoding, nor do the last frames of one that looks ahead: they say little of the rest.
+      const auto whole = [](const Character& c) { return c.job.feed; };
+      if (std::all_of(characters_.begin() + first, characters_.begin() + first + count, whole)) learn(count, microseconds(Clock::now() - before));
       continue;
     }
     if (!unlimited || std::none_of(characters_.begin(), characters_.end(), [](const Character& c) { return c.with_worker; })) break;

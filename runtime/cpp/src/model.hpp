@@ -86,7 +86,8 @@ class Model {
   sampling::Sampler sampler_;
   std::deque<Character> characters_;  // never moved
   uint32_t written_ = 0;              // tokens that take_token took since the last report
-  double cost_[Graphs::TOGETHER + 1] = {};  // microseconds of a token for so many characters; 0: not known
+  double cost_[Graphs::TOGETHER + 1] = {};  // microseconds of a token for so many characters, measured at first
+  double slowness_ = 1;                     // how much longer calls take now
 
   std::mutex mutex_;
   std::condition_variable wanted_, done_;
