@@ -343,7 +343,8 @@ bool Model::choose(double budget_us, uint32_t& first, uint32_t& count) const {
     const bool right = at + n < characters_.size() && can_write(characters_[at + n]);
     if (!left && !right) break;
     if (left && (!right || characters_[at - 1].unread() <= characters_[at + n].unread())) --at;
-    if (cost_[++n] / n <= cost_[count] / count) first = at, count = n;
+    ++n;
+    if (cost_[n] / n <= cost_[count] / count) first = at, count = n;
   }
   return true;
 }
