@@ -102,6 +102,7 @@ class DecoderTask:
         self.encoder = MiniLM(pooled_scale=POOLED_SCALE)
         self.text: dict[str, Tensor] = {}
         self.weights = draw_weights(self.train, recipe.balance)
+        torch.manual_seed(recipe.loop.seed)
         self.module = MotionDecoder(recipe.model)
         initialise(self.module)
 

@@ -91,6 +91,7 @@ class TokenizerTask:
         self.held_out = held_out
         self.weights = draw_weights(train, recipe.balance)
         self.scale = torch.tensor(self.mean, dtype=torch.float32), torch.tensor(self.std, dtype=torch.float32)
+        torch.manual_seed(recipe.loop.seed)
         self.module = _Trained(recipe)
 
     def _normal(self, features: NDArray) -> Tensor:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.model.tokenizer import MotionTokenizer
+from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.train.data.recordings import Recording, write_recordings
+from kinetok.train.data.store import Entry
 from kinetok.train.optim import LoopConfig
 from kinetok.train.scale_recipes import ScaleRecipe
 from kinetok.train.tokenizer import save_tokenizer
@@ -222,3 +226,28 @@ def through_operators(monkeypatch: pytest.MonkeyPatch) -> type[Operators]:
         if hasattr(module, "takes_op"):
             monkeypatch.setattr(module, "takes_op", lambda *tensors: True)
     return Operators
+
+
+def motions(folder: Path, captions: Mapping[str, str], splits: Mapping[str, str]) -> Path:
+    """A motion set of swaying figures of 40 frames, called a, b, c; c moves as a does."""
+    folder.mkdir()
+    recordings = []
+    for name in splits:
+        rng = np.random.default_rng("ab".find(name) % 2)
+        vectors = np.sin(np.linspace(0, 6, 40)[:, None, None] + rng.uniform(0, 3, (22, 1))) * rng.uniform(
+            -0.4, 0.4, (22, 3)
+        )
+        vectors[:, [16, 17]] += [[0, 0, -1.2], [0, 0, 1.2]]
+        recordings.append((name, Recording(vectors, np.tile([0, 0.9, 0], (40, 1)), np.array(CANONICAL_OFFSETS))))
+    write_recordings(folder / "motions_x.npz", recordings)
+    shared: dict[str, Any] = {"kind": "whole", "start": 0, "end": 40, "subject": "", "label": ""}
+    lines = [
+        Entry(id=name, trial=name, split=split, captions=(captions[name],), **shared) for name, split in splits.items()
+    ]
+    (folder / "clips_x.jsonl").write_text("\n".join(json.dumps(asdict(line)) for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def motion_set() -> Callable[[Path, Mapping[str, str], Mapping[str, str]], Path]:
+    return motions

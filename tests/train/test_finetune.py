@@ -1,8 +1,7 @@
 """Fine-tuning at toy size: what is kept, what is learned, and what is refused."""
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,7 @@ from kinetok.model.pretrained import ModelBundle, load_pretrained, save_pretrain
 from kinetok.model.text_minilm import PACKAGE
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
-from kinetok.train.data.recordings import Recording, write_recordings
-from kinetok.train.data.store import Clip, Entry, read_clips
+from kinetok.train.data.store import Clip, read_clips
 from kinetok.train.decoder import TEXT_ENCODER
 from kinetok.train.finetune import finetune, finetuning_recipe, hold_out
 
@@ -28,31 +26,10 @@ pytest.importorskip(PACKAGE, reason="captions need MiniLM, whose weights are not
 CAPTIONS = {"a": "the mascot lifts its left hand", "b": "a person bows", "c": "the mascot lifts its left hand"}
 
 
-def clips(folder: Path, splits: dict[str, str]) -> Path:
-    """Swaying figures of 32 to 40 frames; c moves as a does."""
-    folder.mkdir()
-    recordings = []
-    for name in splits:
-        rng = np.random.default_rng("ab".find(name) % 2)
-        vectors = np.sin(np.linspace(0, 6, 40)[:, None, None] + rng.uniform(0, 3, (22, 1))) * rng.uniform(
-            -0.4, 0.4, (22, 3)
-        )
-        vectors[:, [16, 17]] += [[0, 0, -1.2], [0, 0, 1.2]]
-        recordings.append((name, Recording(vectors, np.tile([0, 0.9, 0], (40, 1)), np.array(CANONICAL_OFFSETS))))
-    write_recordings(folder / "motions_x.npz", recordings)
-    lines = [
-        Entry(
-            id=name, trial=name, kind="whole", split=split, start=0, end=40, captions=(CAPTIONS[name],), subject="", label=""
-        )
-        for name, split in splits.items()
-    ]  # fmt: skip
-    (folder / "clips_x.jsonl").write_text("\n".join(json.dumps(asdict(line)) for line in lines), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return clips(tmp_path / "data", {"a": "train", "b": "train", "c": "val"})
+def data(motion_set, tmp_path: Path) -> Path:
+    """c moves as a does, and is called so."""
+    return motion_set(tmp_path / "data", CAPTIONS, {"a": "train", "b": "train", "c": "val"})
 
 
 @pytest.fixture(scope="session")
@@ -124,14 +101,14 @@ def test_it_starts_from_the_given_weights(model: Path, data: Path, tmp_path: Pat
     assert 0 < moved < 5e-3  # a step of AdamW at a thirtieth of the rate, and half precision on disk
 
 
-def test_a_run_is_continued_or_refused(model: Path, make, data: Path, tmp_path: Path) -> None:
+def test_a_run_is_continued_or_refused(model: Path, make, data: Path, motion_set, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = finetune(init=model, data=data, out=run, steps=3)
     again = finetune(init=model, data=data, out=run, steps=3, resume=True)
     assert first == again
     with pytest.raises(UserError, match="--resume"):
         finetune(init=model, data=data, out=run, steps=3)
-    other = clips(tmp_path / "other", {"a": "train", "b": "val", "c": "train"})
+    other = motion_set(tmp_path / "other", CAPTIONS, {"a": "train", "b": "val", "c": "train"})
     with pytest.raises(UserError, match="other data"):
         finetune(init=model, data=other, out=run, steps=3, resume=True)
     with pytest.raises(UserError, match="another recipe"):
@@ -156,9 +133,9 @@ def test_other_models_are_refused(make: Callable[..., Path], data: Path, tmp_pat
 
 
 @pytest.mark.parametrize("splits", [{"a": "val", "b": "val"}, {"a": "train"}, {"a": "test", "b": "test"}])
-def test_splits_without_training_are_refused(model: Path, tmp_path: Path, splits: dict[str, str]) -> None:
+def test_splits_without_training_are_refused(model: Path, motion_set, tmp_path: Path, splits: dict[str, str]) -> None:
     with pytest.raises(UserError, match="expected"):
-        finetune(init=model, data=clips(tmp_path / "few", splits), out=tmp_path / "run")
+        finetune(init=model, data=motion_set(tmp_path / "few", CAPTIONS, splits), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

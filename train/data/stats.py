@@ -34,5 +34,5 @@ def streamed_mean_std(clips: Iterable[NDArray[np.floating]]) -> Means:
 def _by_block(deviation: NDArray[np.float64]) -> NDArray[np.float64]:
     std = np.empty_like(deviation)
     for block in (ROOT_VELOCITY, HEADING_CHANGE, POSITIONS, VELOCITIES, ROTATIONS):
-        std[block] = deviation[block].mean()
+        std[block] = deviation[block].mean() or 1.0  # what never changes is not divided by nothing
     return std
