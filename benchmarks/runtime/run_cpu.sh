@@ -27,7 +27,7 @@ bench "decode_$PRESET" decode --preset "$PRESET" --tokens 50,150 --peers uncache
 bench "step_$PRESET" step --preset "$PRESET" --positions 30,300
 # An engine of the default model works with one thread, so that a busy neighbour core does not hold it up.
 bench stream stream --threads 1
-bench crowd crowd --characters 1,8,16,32 --seconds 3 --threads 1
+bench crowd crowd --characters 1,8,16,32 --seconds 2 --threads 1
 bench tokenizer_default tokenizer --preset default --threads 1
 bench tokenizer_released tokenizer --preset released
 bench "batch_$PRESET" decode --preset "$PRESET" --batch 1,2,4,8 --tokens 20 --peers hf
