@@ -1,13 +1,15 @@
-"""One decode step from packed weights, without a word from the host."""
+"""Prefill and decode step from packed weights, without a word from the host."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kinetok.kernels.attention import decode_attention
+from kinetok.kernels.attention import decode_attention, prefix_attention
 from kinetok.kernels.linear import PackedWeight, linear, pack
-from kinetok.kernels.rotary import rotary_kv_write
+from kinetok.kernels.rotary import apply_rotary, rotary_kv_write
 from kinetok.kernels.sampling import SamplingState, greedy_step, sample_step
 from kinetok.model.decoder import MotionDecoder, RMSNorm
 from kinetok.model.packed import PackedLinear
@@ -61,6 +63,28 @@ class FusedDecoderStep:
         """Bytes of weights that a step reads, whatever the batch."""
         weights = [w for layer in self.layers for w in (layer.qkv, layer.attn_out, layer.gate_up, layer.down)]
         return sum(weight.nbytes for weight in (*weights, self.head))
+
+    def prefill(
+        self, x: Tensor, text_lengths: Tensor, lengths: Tensor, hold: Callable[[int, Tensor, Tensor], None]
+    ) -> Tensor:
+        """fp32 logits ``[B, head_rows]`` after the last positions of texts and motion, embedded as ``x [B, T, d]``.
+
+        Row b has ``lengths[b]`` positions, ``text_lengths[b]`` of text (both ``[B]`` int64), and padding behind them. A row's
+        bits depend neither on the others nor on the padding. hold(layer, k, v) takes a layer's rotated keys and its
+        values, ``[B, T, H, hd]``.
+        """
+        rows, positions, _ = x.shape
+        table = self.table[None, :positions]
+        x = x.flatten(0, 1)
+        for at, layer in enumerate(self.layers):
+            qkv = linear(x, layer.qkv, eps=EPS).view(rows, positions, 3, self.config.n_head, -1)
+            q, k = apply_rotary(qkv[:, :, :2].flatten(2, 3), table).chunk(2, dim=2)
+            hold(at, k, qkv[:, :, 2])
+            mixed = prefix_attention(q, k, qkv[:, :, 2], text_lengths, lengths)
+            x = linear(mixed.flatten(2).flatten(0, 1), layer.attn_out, residual=x)
+            x = linear(linear(x, layer.gate_up, eps=EPS, swiglu=True), layer.down, residual=x)
+        last = torch.arange(rows, device=x.device) * positions + lengths - 1
+        return linear(x[last], self.head, eps=EPS, wide=True)
 
     def hidden(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 from kinetok.errors import UserError
 from kinetok.kernels.sampling import draw, guide, gumbel
 from kinetok.model.config import DecoderConfig
-from kinetok.runtime.backends import Backend
+from kinetok.runtime.backends import Backend, DrawingBackend
 from kinetok.runtime.character import Character, Seen
 from kinetok.runtime.memory import memory_plan
 
@@ -46,45 +46,69 @@ class Steps(ABC):
         those = set(map(id, wanted))
         known = set(map(id, self._due))
         self._due = [c for c in self._due if id(c) in those] + [c for c in wanted if id(c) not in known]
-        room, first = PREFILLED_AT_ONCE, True
-        while self._due:
-            character = self._due[0]
+        room = PREFILLED_AT_ONCE
+        turn: list[Character] = []
+        for character in self._due:
             tokens = min(len(character.tokens), character.carry or character.job.keep)
             room -= sum(len(text) + tokens for text in character.job.texts)
-            if room < 0 and not first:
-                return
-            self.fill_one(character)
-            del self._due[0]
-            first = False
+            if turn and room < 0:
+                break
+            turn.append(character)
+        self._fill_all(turn)
+        self._due = self._due[len(turn) :]
+
+    def _fill_all(self, characters: Sequence[Character]) -> None:
+        """Bring the logits of these up to their tokens, by a prefill."""
+        new = []
+        for character in characters:
+            lost = character.seen is None and character.ahead is None and character.base is not None
+            if character.ready:
+                continue
+            if lost and not character.carry:
+                self._replay(character, *character.base)  # type: ignore[misc]
+            else:
+                written = len(character.tokens)
+                new.append((character, max(0, written - (character.carry or character.job.keep)), written))
+        self._prefill(new)
 
     def fill_one(self, character: Character) -> None:
-        """Bring a character's logits up to its tokens, by a prefill."""
-        written = len(character.tokens)
-        if character.ready:
-            return
-        if character.seen is None and character.ahead is None and character.base is not None and not character.carry:
-            self._replay(character, *character.base)
-        else:
-            self._prefill(character, max(0, written - (character.carry or character.job.keep)), written)
+        """Bring a character's logits up to its tokens, whoever else waits."""
+        self._fill_all([character])
 
-    def _prefill(self, character: Character, first: int, last: int) -> None:
-        """The text and the tokens from ``first`` to ``last``, the newest, into the character's slots."""
+    def _prefill(self, wanted: Sequence[tuple[Character, int, int]]) -> None:
+        """Characters' texts and their tokens from one to before another, the newest, into their slots."""
         try:
-            rows = self._prefilled(character, first, last)
+            found = self._prefilled(wanted)
         except UserError as error:
-            character.end("failed", f"at token {last}: {error}")
+            if len(wanted) > 1:  # whose fault is it?
+                for one in wanted:
+                    self._prefill([one])
+            else:
+                character, _, last = wanted[0]
+                character.end("failed", f"at token {last}: {error}")
             return
-        character.base, character.carry = (first, last), None
-        character.seen = Seen(last, last - first, torch.stack(rows))
+        for (character, first, last), logits in zip(wanted, found, strict=True):
+            character.base, character.carry = (first, last), None
+            character.seen = Seen(last, last - first, logits)
 
-    def _prefilled(self, character: Character, first: int, last: int) -> list[Tensor]:
-        tokens, texts = character.tokens[first:last], character.job.texts
-        with memory_plan(f"a text of {len(texts[0])} positions", self.backend.device):
-            return [self.backend.prefill(slot, text, tokens) for slot, text in zip(character.slots, texts, strict=True)]
+    def _prefilled(self, wanted: Sequence[tuple[Character, int, int]]) -> list[Tensor]:
+        rows = [
+            (slot, text, character.tokens[first:last])
+            for character, first, last in wanted
+            for slot, text in zip(character.slots, character.job.texts, strict=True)
+        ]
+        if not rows:
+            return []
+        with memory_plan(f"a text of {max(len(text) for _, text, _ in rows)} positions", self.backend.device):
+            if isinstance(self.backend, DrawingBackend):
+                logits = self.backend.prefill_all(rows)
+            else:
+                logits = torch.stack([self.backend.prefill(*row) for row in rows])
+        return list(logits.split([len(character.slots) for character, _, _ in wanted]))
 
     def _replay(self, character: Character, first: int, last: int) -> None:
         """Fill the slots as they were filled before, to the same bits: prefill to ``last``, then token by token."""
-        logits, written = torch.stack(self._prefilled(character, first, last)), len(character.tokens)
+        (logits,), written = self._prefilled([(character, first, last)]), len(character.tokens)
         for token in character.tokens[last:]:
             row = torch.full((len(character.slots),), token, device=self.backend.device)
             logits = self.backend.decode(character.slots, row)

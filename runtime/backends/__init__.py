@@ -65,6 +65,13 @@ class DrawingBackend(Backend, Protocol):
     those of docs/numerics.md. None of the calls waits for the device; nor do they have to be read before the next one.
     """
 
+    def prefill_all(self, rows: Sequence[tuple[int, Tensor, Sequence[int]]]) -> Tensor:
+        """``prefill`` of several different slots at once, to the same bits: logits ``[n, head_rows]``.
+
+        Raises ``UserError`` where one of them does not fit, and then no slot has changed.
+        """
+        ...
+
     def begin(self, slots: Sequence[int], lengths: Sequence[int], draw: Draw, written: int, logits: Tensor) -> Reading:
         """Draw a character's token number ``written`` from ``logits [len(slots), head_rows]``.
 

@@ -79,7 +79,7 @@ def _on_its_way(x: Tensor) -> Tensor:
 
 
 class FusedBackend(TorchBackend):
-    """``DrawingBackend`` on ``FusedDecoderStep``, with weights packed once; texts are prefilled by torch.
+    """``DrawingBackend`` on ``FusedDecoderStep``, with weights packed once.
 
     Newest token, next position, draw and state of every slot are tensors on the device, which a step reads and moves on:
     decode, guidance, draw, position and end are one captured graph, and nothing in it waits for the host. A step
@@ -109,10 +109,30 @@ class FusedBackend(TorchBackend):
         self._graphs: dict[tuple[str, int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
-    @torch.inference_mode()
     def prefill(self, slot: int, text: Tensor, tokens: Sequence[int] = ()) -> Tensor:
-        logits = super().prefill(slot, text, tokens)
-        self._place(slot, self.lengths[slot])
+        return self.prefill_all([(slot, text, tokens)])[0]
+
+    @torch.inference_mode()
+    def prefill_all(self, rows: Sequence[tuple[int, Tensor, Sequence[int]]]) -> Tensor:
+        for _, text, tokens in rows:
+            self._check_prefill(text, tokens)
+        decoder = self.decoder
+        # A product of torch's own for each text: one of all of them would sum in an order that depends on the others.
+        parts = [decoder.text_proj(text.to(self.device, decoder.text_proj.weight.dtype)) for _, text, _ in rows]
+        motion = decoder.embed(self._sent([token for _, _, tokens in rows for token in tokens]))
+        behind = motion.split([len(tokens) for _, _, tokens in rows])
+        x = nn.utils.rnn.pad_sequence([torch.cat(both) for both in zip(parts, behind, strict=True)], batch_first=True)
+        lengths = [len(text) + len(tokens) for _, text, tokens in rows]
+
+        def hold(layer: int, k: Tensor, v: Tensor) -> None:
+            for row, (slot, _, _) in enumerate(rows):
+                own = (part[row, : lengths[row]].transpose(0, 1) for part in (k, v))
+                self._hold(layer, slot, *own)
+
+        texts = self._sent([len(text) for _, text, _ in rows])
+        logits = self._step.prefill(x, texts, self._sent(lengths), hold)
+        for (slot, _, _), length in zip(rows, lengths, strict=True):
+            self._place(slot, length)
         return logits
 
     def _hold(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
@@ -243,8 +263,12 @@ class FusedBackend(TorchBackend):
 
     def _sent(self, numbers: list[int] | list[list[int]]) -> Tensor:
         """int64 on the device; the host does not wait."""
-        x = torch.tensor(numbers)
-        return x if self._pool is None else x.pin_memory().to(self.device, non_blocking=True)
+        x = torch.tensor(numbers, dtype=torch.int64)
+        return (
+            x.to(self.device)
+            if self._pool is None or not numbers
+            else x.pin_memory().to(self.device, non_blocking=True)
+        )
 
     def _run(self, key: tuple[str, int, int], call: Callable[[], Tensor]) -> Tensor:
         """The result of ``call``, on a GPU from its graph: it is overwritten by the next run."""

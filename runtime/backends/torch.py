@@ -40,12 +40,8 @@ class TorchBackend:
 
     @torch.inference_mode()
     def prefill(self, slot: int, text: Tensor, tokens: Sequence[int] = ()) -> Tensor:
+        self._check_prefill(text, tokens)
         decoder, length = self.decoder, len(text) + len(tokens)
-        if not len(text) or length > self.capacity:
-            raise UserError(
-                f"expected 1 to {self.capacity} positions of text and motion, text among them, got {len(text)} of text "
-                f"and {len(tokens)} of motion"
-            )
         x = decoder.text_proj(text.to(self.device, decoder.text_proj.weight.dtype))
         visible = None
         if tokens:
@@ -60,6 +56,13 @@ class TorchBackend:
             x = x + block.mlp(x)
         self.lengths[slot] = length
         return decoder.head(decoder.norm(x[:, -1]))[0].float()
+
+    def _check_prefill(self, text: Tensor, tokens: Sequence[int]) -> None:
+        if not len(text) or len(text) + len(tokens) > self.capacity:
+            raise UserError(
+                f"expected 1 to {self.capacity} positions of text and motion, text among them, got {len(text)} of text "
+                f"and {len(tokens)} of motion"
+            )
 
     def _hold(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
         """Write a slot's first positions, ``k, v [H, T, hd]``."""

@@ -85,7 +85,7 @@ def test_a_step_is_launched_before_the_one_before_is_read(decoder, monkeypatch) 
     def told(name: str, call: Callable) -> Callable:
         return lambda *args: order.append(name) or call(*args)
 
-    for name in ("prefill", "begin", "decode_and_draw"):
+    for name in ("prefill_all", "begin", "decode_and_draw"):
         monkeypatch.setattr(crowd.backend, name, told(name, getattr(crowd.backend, name)))
     monkeypatch.setattr(Drawn, "token", told("read", Drawn.token))
     character = crowd.submit(job(0, least=9, most=9, window=5, keep=2))
@@ -95,8 +95,8 @@ def test_a_step_is_launched_before_the_one_before_is_read(decoder, monkeypatch) 
         crowd.step()
         told_by_step.append(list(order))
     ahead = ["decode_and_draw", "read"]
-    assert told_by_step[:6] == [["prefill", "begin", *ahead], *[ahead] * 4, ["read"]]  # the window is full
-    assert told_by_step[6:] == [["prefill", "begin", *ahead], ahead, ["read"]]
+    assert told_by_step[:6] == [["prefill_all", "begin", *ahead], *[ahead] * 4, ["read"]]  # the window is full
+    assert told_by_step[6:] == [["prefill_all", "begin", *ahead], ahead, ["read"]]
 
 
 def test_one_who_ends_wastes_one_step(decoder, monkeypatch) -> None:

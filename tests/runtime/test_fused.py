@@ -72,10 +72,25 @@ def test_quantised_words_are_used_as_they_lie(kind: str, group: int, tied: bool)
     wanted, fused = TorchBackend(decoder, 2, 30), FusedBackend(decoder, 2, 30)
     assert fused._step.layers[0].qkv is decoder.blocks[0].qkv.packed  # no second copy
     text = torch.randn(5, 8)
-    assert torch.equal(*(backend.prefill(1, text, [3]) for backend in (wanted, fused)))
+    torch.testing.assert_close(*(b.prefill(1, text, [3]) for b in (wanted, fused)), atol=1e-4, rtol=1e-4)
     for token in (7, 0, 59, 7):
         logits = [backend.decode([1], torch.tensor([token])) for backend in (wanted, fused)]
         torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_texts_prefilled_together_have_the_bits_of_texts_alone(small, float8: bool) -> None:
+    decoder, texts = small
+    together, alone = (FusedBackend(decoder, 4, 40, float8=float8) for _ in range(2))
+    rows = [(2, texts[0], []), (0, texts[1], [5, 9, 7, 7, 1]), (3, texts[2], [4])]
+    logits = together.prefill_all(rows)
+    assert torch.equal(logits, torch.stack([alone.prefill(*row) for row in rows]))
+    assert together.lengths == alone.lengths and torch.equal(together.slab.float(), alone.slab.float())
+    wanted = TorchBackend(decoder, 4, 40)
+    torch.testing.assert_close(logits, torch.stack([wanted.prefill(*row) for row in rows]), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="positions"):
+        together.prefill_all([(1, texts[0], []), (0, texts[0], [1] * 36)])
+    assert together.lengths == alone.lengths
 
 
 def test_kv_is_refused_where_it_cannot_be(engine) -> None:
@@ -188,7 +203,9 @@ def test_the_kernels_write_the_clips_of_their_definitions(small, script, monkeyp
     launched: set[str] = set()
     by_definition = clips()
     for family, name in (
+        (rotary, "apply_rotary"),
         (rotary, "rotary_kv_write"),
+        (attention, "prefix_attention"),
         (attention, "decode_attention"),
         (linear, "packed_linear"),
         (sampling, "sample_step"),
@@ -197,7 +214,7 @@ def test_the_kernels_write_the_clips_of_their_definitions(small, script, monkeyp
         kernels = pytest.importorskip(f"{family.__name__.rpartition('.')[0]}.triton", reason="triton is not installed")
         monkeypatch.setattr(family, "takes_op", lambda *_: True)
         monkeypatch.setattr(family, f"_{name}", counted(name, getattr(kernels, name)))
-    assert clips() == by_definition and len(launched) == 5
+    assert clips() == by_definition and len(launched) == 7
 
 
 class StandInGraph:
@@ -253,7 +270,7 @@ def test_captured_and_replayed_steps_write_the_same_clips(small, script, monkeyp
 
     monkeypatch.setattr("kinetok.runtime.backends.fused.torch", Torch())
     monkeypatch.setattr(captured, "_pool", object())
-    monkeypatch.setattr(captured, "_sent", torch.tensor)
+    monkeypatch.setattr(captured, "_sent", lambda numbers: torch.tensor(numbers, dtype=torch.int64))
     monkeypatch.setattr(captured, "_run", told)
     replays = []
 

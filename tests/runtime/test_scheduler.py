@@ -186,8 +186,10 @@ def test_a_step_that_was_cut_off_can_be_repeated(decoder, kind, monkeypatch, err
         crowd.step()
     characters.append(crowd.submit(job(1, empty=features(9), params=replace(PLAIN, guidance=2.0))))
     owner = crowd.backend
-    if name == "a step":
-        name = "decode" if kind is TorchBackend else "decode_and_draw"
+    names = {"a step": "decode", "prefill": "prefill"}
+    if kind is FusedBackend:
+        names = {"a step": "decode_and_draw", "prefill": "prefill_all"}
+    name = names[name]
     healthy = getattr(owner, name)
 
     def breaks(*args):
@@ -211,14 +213,16 @@ def test_a_step_that_was_cut_off_can_be_repeated(decoder, kind, monkeypatch, err
 def test_one_that_cannot_be_prefilled_fails_alone(decoder, monkeypatch, error) -> None:
     crowd = scheduler(decoder)
     good, bad = crowd.submit(job(0)), crowd.submit(job(1))
-    prefill = crowd.backend.prefill
+    for name in ("prefill", "prefill_all"):
+        healthy = getattr(crowd.backend, name, None)
 
-    def refuses(slot, *args):
-        if slot == 1:
-            raise error
-        return prefill(slot, *args)
+        def refuses(first, *args, healthy=healthy):
+            if first == 1 or (isinstance(first, list) and any(row[0] == 1 for row in first)):
+                raise error
+            return healthy(first, *args)
 
-    monkeypatch.setattr(crowd.backend, "prefill", refuses)
+        if healthy is not None:
+            monkeypatch.setattr(crowd.backend, name, refuses)
     run(crowd, good, bad)
     assert good.state == "done" and bad.state == "failed"
     wanted = "no room for it" if isinstance(error, UserError) else "out of memory: a text of 4 positions"
@@ -259,14 +263,15 @@ def test_nobody_who_slides_is_passed_over_for_ever(decoder, monkeypatch) -> None
 
 
 @pytest.mark.parametrize("steps", [0, 6])
-def test_a_fork_prefills_nothing_and_goes_on_under_its_own_name(decoder, monkeypatch, steps: int) -> None:
+def test_a_fork_prefills_nothing_and_goes_on_under_its_own_name(decoder, kind, monkeypatch, steps: int) -> None:
     crowd = scheduler(decoder)
     first = crowd.submit(job(0))
     for _ in range(steps):
         crowd.step()
     prefilled = []
-    prefill = crowd.backend.prefill
-    monkeypatch.setattr(crowd.backend, "prefill", lambda *args: prefilled.append(1) or prefill(*args))
+    name = "prefill" if kind is TorchBackend else "prefill_all"
+    prefill = getattr(crowd.backend, name)
+    monkeypatch.setattr(crowd.backend, name, lambda *args: prefilled.append(1) or prefill(*args))
     twins = [crowd.fork(first, replace(first.job, request=request)) for request in (0, 1)]
     run(crowd, first, *twins)
     assert len(prefilled) == (0 if steps else 1)
