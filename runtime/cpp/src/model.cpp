@@ -382,12 +382,12 @@ kt_step_report Model::step(uint32_t budget_us) {
   for (bool any = false; budget_us;) {
     uint32_t first = 0, count = 0;
     if (choose(in_line() ? left() : 1e18, first, count)) {
+      if (any && expected(count) > left()) break;
       order(first, count);
       if (!in_line()) {
         queue(first, count);
         continue;
       }
-      if (any && expected(count) > left()) break;
       any = true;
       const auto before = Clock::now();
       compute(first, count);
