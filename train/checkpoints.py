@@ -14,7 +14,8 @@ from torch import nn
 from kinetok.errors import UserError
 from kinetok.files import whole_file
 
-LAST, PREVIOUS = "last.pt", "previous.pt"
+LAST, PREVIOUS = "last.pt", "previous.pt"  # of one process
+FOLDER = "checkpoints"  # of many (train/distributed.py)
 
 
 def save_whole(path: Path, state: Any) -> None:
@@ -74,8 +75,13 @@ class FileCheckpoints:
     def find(self, told: Callable[[str], None]) -> Found | None:
         """The newest whole checkpoint, None where there is none at all; ``told`` hears of damaged ones.
 
-        Raises ``UserError`` when there are checkpoints and all are damaged.
+        Raises ``UserError`` when there are checkpoints and all are damaged, or those of several processes.
         """
+        if any((self.run / FOLDER).glob("*")):
+            raise UserError(
+                f"{self.run}: its checkpoints are those of several processes: continue it with torchrun, or name another "
+                "folder with --out"
+            )
         problems: list[str] = []
         for path in (self.run / LAST, self.run / PREVIOUS):
             if not path.exists():

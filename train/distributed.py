@@ -25,11 +25,12 @@ from torch.distributed.tensor import DTensor
 
 from kinetok.errors import UserError
 from kinetok.files import whole_file
-from kinetok.train.checkpoints import Found, save_whole
+from kinetok.train.checkpoints import FOLDER, FileCheckpoints, Found, save_whole
 from kinetok.train.loop import Checkpoints, OneProcess, Result
 from kinetok.train.packing import PackedDecoder, fill_rest
 
-FOLDER, COMPLETE, REST = "checkpoints", "complete.json", "rest.pt"
+COMPLETE, REST = "complete.json", "rest.pt"
+TIMEOUT = timedelta(minutes=10)  # until a process that no longer answers counts as lost
 KEPT = 2
 LOST = re.compile(r"closed by peer|reset by peer|timed out|timeout|broken pipe|connection refused", re.IGNORECASE)
 
@@ -54,13 +55,13 @@ def start_processes() -> OneProcess:
 class ManyProcesses(OneProcess):
     """All processes that torchrun started: parameters, gradients and optimiser are spread over them (FSDP2)."""
 
-    def __init__(self, *, timeout_s: float = 600.0) -> None:
+    def __init__(self) -> None:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # gloo beside nccl: asynchronous checkpoints talk on the CPU while the GPUs train.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=TIMEOUT)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         self.mesh = init_device_mesh(self.device.type, (self.world,))
@@ -248,6 +249,12 @@ class ShardedCheckpoints:
         return found
 
     def _find(self) -> tuple[Found | None, list[str]]:
+        run = self.folder.parent
+        if FileCheckpoints(run).any():
+            raise UserError(
+                f"{run}: its checkpoints are those of one process: continue it without torchrun, or name another folder "
+                "with --out"
+            )
         problems: list[str] = []
         for folder in self._folders():
             problem = self._damage(folder)
