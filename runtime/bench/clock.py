@@ -134,9 +134,12 @@ def release(device: torch.device) -> None:
 
 
 class Memory:
-    """Peak and present bytes from its making on: of torch's allocator on a GPU, of the process on Linux, else None."""
+    """Peak and present bytes from its making on: of torch's allocator on a GPU, of the process on Linux, else None.
 
-    def __init__(self, device: torch.device) -> None:
+    before: what ``added`` counts from, None for what is there now.
+    """
+
+    def __init__(self, device: torch.device, before: int | None = None) -> None:
         self.cuda = device.type == "cuda"
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(device)
@@ -144,7 +147,7 @@ class Memory:
             # The process's own high-water mark starts anew; where it cannot, the peak includes what went before.
             with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
-        self.before = self.read()["steady_memory_bytes"]
+        self.before = before if before is not None else self.read()["steady_memory_bytes"] or 0
 
     def read(self) -> dict[str, int | None]:
         if self.cuda:
@@ -162,5 +165,6 @@ class Memory:
 
     def added(self, common: int) -> dict[str, int | None]:
         """What came on top since then, and ``common`` bytes that were there before and are used as well."""
-        before = self.before or 0
-        return {name: None if value is None else max(0, value - before) + common for name, value in self.read().items()}
+        return {
+            name: None if value is None else max(0, value - self.before) + common for name, value in self.read().items()
+        }

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from kinetok.model.streaming import StreamingDetokenizer, whole_clip_reason
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.runtime.bench.checks import greedy
 from kinetok.runtime.bench.clock import Marks, Memory, release, spread
-from kinetok.runtime.bench.figures import characters, latencies, median_ratio, name_of, rates
+from kinetok.runtime.bench.figures import bytes_of, characters, latencies, median_ratio, name_of, rates
 from kinetok.runtime.bench.llama import Compiled, HuggingFace
-from kinetok.runtime.bench.record import Report, Row, Save, unsaved
+from kinetok.runtime.bench.record import Report, Row, Save, Tell, unsaved
 from kinetok.runtime.bench.routes import Backended, CannotRun, Graph, Uncached, fits, own_backend
 from kinetok.runtime.bench.subject import Subject, activations, check_dtype, load
 
@@ -81,10 +81,9 @@ def make(name: str, subject: Subject, settings: DecodeSettings, batch: int) -> A
     return {"uncached": Uncached, "hf": HuggingFace, "compile": Compiled}[name](subject.plain)
 
 
-def _enter(name: str, subject: Subject, settings: DecodeSettings, features: Tensor) -> _Entrant:
+def _enter(name: str, subject: Subject, settings: DecodeSettings, features: Tensor, memory: Memory) -> _Entrant:
     """Make a route and run it once, with the longest clip first: Llama's cache keeps the longest length it met, so that
     what was compiled for it serves the shorter clips too."""
-    memory = Memory(subject.device)
     began = time.perf_counter()
     made = make(name, subject, settings, len(features))
     setup_s = time.perf_counter() - began
@@ -92,9 +91,10 @@ def _enter(name: str, subject: Subject, settings: DecodeSettings, features: Tens
     tokens = made.run(features, max(settings.tokens), marks)
     first_s = marks.seconds()[-1]
     # Ours on a CPU and ORT hold weights of their own, the others work on the common ones.
-    common = {"ours": subject.device.type != "cpu", "ort": False, "uncached": settings.dtype == "fp32"}.get(name, True)
-    used = memory.added(sum(p.nbytes for p in subject.plain.parameters()) if common else 0)
-    return _Entrant(made, greedy(subject.plain, features, tokens, kv=made.kv), setup_s, first_s, used)
+    used = subject.model.decoder if name == "ours" else subject.plain
+    own = {"ours": subject.device.type == "cpu", "ort": True, "uncached": settings.dtype != "fp32"}.get(name, False)
+    added = memory.added(0 if own else bytes_of(used))
+    return _Entrant(made, greedy(subject.plain, features, tokens, kv=made.kv), setup_s, first_s, added)
 
 
 def _first_frame(tokenizer: MotionTokenizer, batch: int, repeats: int) -> tuple[int, float] | None:
@@ -120,7 +120,7 @@ def _first_frame(tokenizer: MotionTokenizer, batch: int, repeats: int) -> tuple[
 
 def measure(
     settings: DecodeSettings,
-    tell: Callable[[str], None] = print,
+    tell: Tell = print,
     save: Save = unsaved,
 ) -> dict[str, Any]:
     """The report of all batches and token counts; ``save`` gets it after every count. A route that writes other tokens, or
@@ -129,11 +129,12 @@ def measure(
     Raises ``UserError`` for sizes that do not fit into the model.
     """
     device = settings.device
-    report = Report(device, activations(settings.dtype, device), settings.note)
+    report = Report(device, activations(settings.dtype, device), settings.note, tell, save)
     subject = load(settings.preset, settings.model, device, settings.dtype)
     report.parameters = subject.parameters
     for count in settings.tokens:
         fits(subject.plain.config, settings.text, count)
+    start = Memory(device)
     for batch in settings.batch:
         release(device)
         generator = torch.Generator(device).manual_seed(1)
@@ -141,25 +142,26 @@ def measure(
         entrants: dict[str, _Entrant] = {}
         for name in ("ours", *settings.peers):
             try:
-                entrant = _enter(name, subject, settings, features)
+                # Ours count from the first batch on: what is packed once for all of them is theirs in each.
+                memory = Memory(device, start.before if name == "ours" else None)
+                entrant = _enter(name, subject, settings, features, memory)
             except CannotRun as error:
-                tell(report.refuse(route=name, batch=batch, reason=str(error)))
+                report.refuse(route=name, batch=batch, reason=str(error))
             except Exception as error:
                 if name == "ours" and not too_big(error):
                     raise
-                tell(report.refuse(route=name, batch=batch, reason=one_line(error)))
+                report.refuse(route=name, batch=batch, reason=one_line(error))
             else:
                 if entrant.check["passed"]:
                     entrants[name] = entrant
                 else:
-                    tell(report.refuse(route=name, batch=batch, reason=_wrong(entrant.check)))
-        start = _first_frame(subject.model.tokenizer, batch, settings.repeats)
+                    report.refuse(route=name, batch=batch, reason=_wrong(entrant.check))
+        first = _first_frame(subject.model.tokenizer, batch, settings.repeats)
         for count in sorted(settings.tokens, reverse=True):
-            for row in _rows(entrants, subject, settings, features, count, start, report):
-                report.rows.append(row)
-                tell(text_of(row))
+            for row in _rows(entrants, subject, settings, features, count, first, report):
+                report.add(row, text_of(row))
             report.more = {"characters_in_real_time": characters(report.rows)}
-            save(report.whole())
+            report.keep()
         del entrants
     return report.whole()
 
@@ -202,7 +204,7 @@ def _rows(
     settings: DecodeSettings,
     features: Tensor,
     count: int,
-    start: tuple[int, float] | None,
+    first: tuple[int, float] | None,
     report: Report,
 ) -> list[Row]:
     """Check and time ``count`` tokens of every route. One that writes other tokens now is taken out, and named."""
@@ -257,9 +259,9 @@ def _rows(
         }
         if name == "ours":
             row["backend"] = settings.backend or own_backend(subject.model.decoder)
-        if start is not None and count >= start[0]:
-            row["first_frame_tokens"] = start[0]
-            row |= spread("ttff", [1e3 * (run[start[0] - 1] + start[1]) for run in runs])
+        if first is not None and count >= first[0]:
+            row["first_frame_tokens"] = first[0]
+            row |= spread("ttff", [1e3 * (run[first[0] - 1] + first[1]) for run in runs])
         if "ours" in entrants:
             row["ours_is_faster"] = median_ratio(seconds, [run[-1] for run in times["ours"]])
             if device.type == "cpu":

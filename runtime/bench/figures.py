@@ -19,11 +19,17 @@ def _read(decoder: MotionDecoder) -> Iterable[torch.nn.Module]:
     return (*decoder.blocks, decoder.head)
 
 
+def bytes_of(*parts: torch.nn.Module) -> int:
+    """Bytes of weights and packed words, each tensor once."""
+    tensors = {id(tensor): tensor for part in parts for tensor in (*part.parameters(), *part.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def step_bytes(decoder: MotionDecoder, batch: int, keys: float, kv: torch.dtype | None) -> float:
     """The fewest bytes of one step: each weight once, as it is stored, the embeddings' rows, and ``keys`` positions of keys
     and values in ``kv``."""
     config, size = decoder.config, decoder.embed.weight.element_size()
-    weights = sum(tensor.nbytes for part in _read(decoder) for tensor in (*part.parameters(), *part.buffers()))
+    weights = bytes_of(*_read(decoder))
     norm, kv_size = config.n_embd * size, 0 if kv is None else kv.itemsize
     return weights + norm + batch * config.n_embd * (size + 2 * config.n_layer * keys * kv_size)
 

@@ -1,7 +1,7 @@
 """``kinetok bench stream`` and ``crowd``: an engine as a game drives it, frames as they come, many characters at once."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,7 @@ from kinetok.model.config import FRAME_RATE
 from kinetok.runtime.bench.clock import Memory, release, spread
 from kinetok.runtime.bench.decode import one_line, too_big
 from kinetok.runtime.bench.figures import characters, name_of
-from kinetok.runtime.bench.record import Report, Row, Save, unsaved
+from kinetok.runtime.bench.record import Report, Row, Save, Tell, unsaved
 from kinetok.runtime.bench.routes import own_backend
 from kinetok.runtime.bench.subject import Subject, activations, check_dtype, load, random_text
 from kinetok.runtime.engine import Engine
@@ -112,27 +112,27 @@ def _row(
     }
 
 
-def _begin(settings: LiveSettings) -> tuple[Report, Subject]:
-    report = Report(settings.device, activations(settings.dtype, settings.device), settings.note)
+def _begin(settings: LiveSettings, tell: Tell, save: Save) -> tuple[Report, Subject]:
+    report = Report(settings.device, activations(settings.dtype, settings.device), settings.note, tell, save)
     subject = load(settings.preset, settings.model, settings.device, settings.dtype, causal=settings.causal)
     report.parameters = subject.parameters + sum(p.numel() for p in subject.model.tokenizer.parameters())
     return report, subject
 
 
-def stream(settings: LiveSettings, tell: Callable[[str], None] = print, save: Save = unsaved) -> dict[str, Any]:
+def stream(settings: LiveSettings, tell: Tell = print, save: Save = unsaved) -> dict[str, Any]:
     """One character's frames: ``ttff`` from the call to the first block, ``block`` between two.
 
     real_time_factor: frames made a second over 30. The stream has to be the clip that ``submit`` gives.
     """
-    report, subject = _begin(settings)
+    report, subject = _begin(settings, tell, save)
     engine = engine_of(subject, settings, 1)
     memory = Memory(settings.device)
     whole = clips(engine, [0])[0]
     with engine.stream(PROMPT, seconds=CHECKED_SECONDS) as blocks:
         streamed = np.concatenate([block.features for block in blocks])
     if whole.shape != streamed.shape or not np.allclose(whole, streamed, atol=1e-5):
-        tell(report.refuse(route="ours", batch=1, reason="the stream is not the clip of the same parameters"))
-        save(report.whole())
+        report.refuse(route="ours", batch=1, reason="the stream is not the clip of the same parameters")
+        report.keep()
         return report.whole()
     firsts, between, seconds, busy, frames = [], [], [], [], 0
     for repeat in range(1 + settings.repeats):
@@ -168,22 +168,22 @@ def stream(settings: LiveSettings, tell: Callable[[str], None] = print, save: Sa
         cpu_seconds=busy,
         **memory.read(),
     )
-    report.rows.append(row)
-    save(report.whole())
-    tell(
+    report.add(
+        row,
         f"{row['model']} {row['dtype']} stream of {settings.seconds:g} s: first frame {row['median_ttff_ms']:.1f} ms, "
         f"block of {row['block_frames']} frames {row['median_block_ms']:.2f} / {row['p99_block_ms']:.2f} ms, "
-        f"{row['real_time_factor']:.1f} times real time"
+        f"{row['real_time_factor']:.1f} times real time",
     )
+    report.keep()
     return report.whole()
 
 
-def crowd(settings: LiveSettings, tell: Callable[[str], None] = print, save: Save = unsaved) -> dict[str, Any]:
+def crowd(settings: LiveSettings, tell: Tell = print, save: Save = unsaved) -> dict[str, Any]:
     """Many characters: ``itl`` is a step of everyone, their frames read in it, ``ttft`` the first, prompts prefilled.
 
     A crowd in which somebody's frames are not those of the same character alone gets no figures, and is named.
     """
-    report, subject = _begin(settings)
+    report, subject = _begin(settings, tell, save)
     for count in settings.characters:
         release(settings.device)
         try:
@@ -191,19 +191,19 @@ def crowd(settings: LiveSettings, tell: Callable[[str], None] = print, save: Sav
         except Exception as error:
             if not too_big(error):
                 raise
-            tell(report.refuse(route="ours", batch=count, reason=one_line(error)))
+            report.refuse(route="ours", batch=count, reason=one_line(error))
         else:
             if row is None:
                 reason = "a character's frames among the others are not its frames alone; no speed is reported"
-                tell(report.refuse(route="ours", batch=count, reason=reason))
+                report.refuse(route="ours", batch=count, reason=reason)
             else:
-                report.rows.append(row)
-                tell(
+                report.add(
+                    row,
                     f"{row['model']} {row['dtype']} crowd of {count}: {row['output_throughput']:.0f} tok/s, step "
-                    f"{row['median_itl_ms']:.2f} / {row['p99_itl_ms']:.2f} ms, {row['real_time_factor']:.1f} times real time"
+                    f"{row['median_itl_ms']:.2f} / {row['p99_itl_ms']:.2f} ms, {row['real_time_factor']:.1f} times real time",
                 )
         report.more = {"characters_in_real_time": characters(report.rows)}
-        save(report.whole())
+        report.keep()
     return report.whole()
 
 

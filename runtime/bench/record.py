@@ -23,6 +23,7 @@ from kinetok.runtime.bench.schema import FORMAT, KEY, REPORT, VERSION, violation
 LEAST_NOISE = 0.03
 
 Row = dict[str, Any]
+Tell = Callable[[str], None]
 Save = Callable[[Mapping[str, Any]], None]
 
 
@@ -31,20 +32,31 @@ def unsaved(report: Mapping[str, Any]) -> None:
 
 
 class Report:
-    """A report as it grows: the machine and its measured limits, rows, and the routes that could not run."""
+    """A report as it grows: the machine and its measured limits, rows, and the routes that could not run.
 
-    def __init__(self, device: torch.device, floats: torch.dtype, note: str) -> None:
+    tell gets a line for the screen of each row and refusal; save the whole report whenever ``keep`` is called.
+    """
+
+    def __init__(self, device: torch.device, floats: torch.dtype, note: str, tell: Tell, save: Save) -> None:
         self.about = machine(device)  # before anything is measured: others' work at the start
         self.device, self.floats, self.note = device, floats, note
+        self.tell, self.save = tell, save
         self.parameters = 0
         self.rows: list[Row] = []
         self.refused: list[dict[str, Any]] = []
         self.more: dict[str, Any] = {}
 
-    def refuse(self, **what: Any) -> str:
-        """Keep why a route has no figures; returns the line for the screen."""
+    def add(self, row: Row, line: str) -> None:
+        self.rows.append(row)
+        self.tell(line)
+
+    def refuse(self, **what: Any) -> None:
+        """Keep why a route has no figures: its route, batch and reason, and more."""
         self.refused.append(what)
-        return f"{what['route']} batch {what['batch']}: {what['reason']}"
+        self.tell(f"{what['route']} batch {what['batch']}: {what['reason']}")
+
+    def keep(self) -> None:
+        self.save(self.whole())
 
     def whole(self) -> dict[str, Any]:
         return {

@@ -1,7 +1,7 @@
 """``kinetok bench step``: one decode step with the cache filled to given positions, for any number of characters."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from kinetok.runtime.backends import Backend, DrawingBackend, open_backend
 from kinetok.runtime.bench.checks import greedy
 from kinetok.runtime.bench.clock import Marks, Memory, release, spread
 from kinetok.runtime.bench.decode import one_line, too_big
-from kinetok.runtime.bench.figures import characters, inter_token, median_ratio, name_of, rates
-from kinetok.runtime.bench.record import Report, Row, Save, unsaved
+from kinetok.runtime.bench.figures import bytes_of, characters, inter_token, median_ratio, name_of, rates
+from kinetok.runtime.bench.record import Report, Row, Save, Tell, unsaved
 from kinetok.runtime.bench.routes import CannotRun, greedy_draw, own_backend, told
 from kinetok.runtime.bench.subject import Subject, activations, check_dtype, load, own_copy
 
@@ -95,11 +95,11 @@ class Runs:
         return marks, [told(reading, self.slots, backend.device) for reading in readings]
 
 
-def measure(settings: StepSettings, tell: Callable[[str], None] = print, save: Save = unsaved) -> dict[str, Any]:
+def measure(settings: StepSettings, tell: Tell = print, save: Save = unsaved) -> dict[str, Any]:
     """The report: a row a batch and position, with ``cost_over_first``: the step's time over that at the first position, in
     the same turns. A batch whose memory is not there is named. Raises ``UserError`` for positions beyond the model's."""
     device, floats = settings.device, activations(settings.dtype, settings.device)
-    report = Report(device, floats, settings.note)
+    report = Report(device, floats, settings.note, tell, save)
     subject = load(settings.preset, settings.model, device, settings.dtype)
     report.parameters = subject.parameters
     capacity = max(settings.positions) - settings.steps // 2 + settings.steps
@@ -113,14 +113,13 @@ def measure(settings: StepSettings, tell: Callable[[str], None] = print, save: S
             if not (isinstance(error, CannotRun) or too_big(error)):
                 raise
             rows = []
-            tell(report.refuse(route="ours", batch=batch, reason=one_line(error)))
+            report.refuse(route="ours", batch=batch, reason=one_line(error))
         for row in rows:
-            report.rows.append(row)
-            tell(text_of(row))
+            report.add(row, text_of(row))
         # The furthest position is the dearest: who keeps a deadline there keeps it everywhere.
         furthest = [row for row in report.rows if row["context"] == max(settings.positions)]
         report.more = {"characters_in_real_time": characters(furthest)}
-        save(report.whole())
+        report.keep()
     return report.whole()
 
 
@@ -147,7 +146,9 @@ def _rows(subject: Subject, settings: StepSettings, batch: int, capacity: int, r
         else:
             reason = f"at position {position} wrote other tokens than the weights choose (margin {check['margin']})"
             report.refuse(route="ours", batch=batch, reason=reason)
-    used = memory.added(sum(p.nbytes for p in subject.plain.parameters()) if device.type != "cpu" else 0)
+    # Plain weights beside packed ones are here for the check alone.
+    spare = bytes_of(subject.plain) if subject.plain is not subject.model.decoder else 0
+    used = {name: None if value is None else value - spare for name, value in memory.read().items()}
     times: dict[int, list[list[float]]] = {position: [] for position in checks}
     order = list(checks)
     for _ in range(settings.repeats):

@@ -16,7 +16,7 @@ from kinetok.model.config import TokenizerConfig
 from kinetok.model.pretrained import load_pretrained
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.runtime.bench.clock import Marks, Memory, matmul_rate, spread
-from kinetok.runtime.bench.record import Report, Row, Save, unsaved
+from kinetok.runtime.bench.record import Report, Row, Save, Tell, unsaved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +67,10 @@ def work_of(tokenizer: MotionTokenizer, call: Callable[[], Any]) -> int:
 
 
 @torch.inference_mode()
-def measure(settings: TokenizerSettings, tell: Callable[[str], None] = print, save: Save = unsaved) -> dict[str, Any]:
+def measure(settings: TokenizerSettings, tell: Tell = print, save: Save = unsaved) -> dict[str, Any]:
     """The report: clips of each length and batch, decoded and encoded. fp32 throughout, as the tokenizer always is."""
     device = settings.device
-    report = Report(device, torch.float32, settings.note)
+    report = Report(device, torch.float32, settings.note, tell, save)
     began = time.perf_counter()
     tokenizer = load(settings)
     load_s = time.perf_counter() - began
@@ -86,7 +86,7 @@ def measure(settings: TokenizerSettings, tell: Callable[[str], None] = print, sa
             for route, given in (("decode", tokens), ("encode", frames)):
                 check = check_of(tokenizer, exact, route, given)
                 if not check["passed"]:
-                    tell(report.refuse(route=route, batch=batch, tokens=count, reason=f"is wrong by {check['margin']}"))
+                    report.refuse(route=route, batch=batch, tokens=count, reason=f"is wrong by {check['margin']}")
                     continue
                 call = partial(getattr(tokenizer, route), given)
                 times = []
@@ -116,9 +116,8 @@ def measure(settings: TokenizerSettings, tell: Callable[[str], None] = print, sa
                     "seconds": seconds,
                     **memory.read(),
                 }
-                report.rows.append(row)
-                tell(text_of(row))
-            save(report.whole())
+                report.add(row, text_of(row))
+            report.keep()
     return report.whole()
 
 
