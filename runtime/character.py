@@ -8,6 +8,8 @@ from torch import Tensor
 from kinetok.runtime.backends import Reading
 from kinetok.runtime.sampling import SamplingParams
 
+HELD = 6  # tokens, or more of them, to a kind: standing still has three kinds among thirty, the slowest dance seven
+
 State = Literal["queued", "running", "done", "cancelled", "expired", "failed"]
 
 
@@ -17,8 +19,8 @@ class Job:
 
     text, empty: features ``[L, D]`` of the prompt and, with guidance, of the empty text. params without None
     (``SamplingParams.resolve``). least, most: tokens of the clip in all. request: with the seed, the name of the draws.
-    window: most motion tokens in the cache; when they are that many, the text and the last ``keep`` of them are prefilled
-    anew. deadline: ``time.monotonic()`` after which it is given up.
+    window: most motion tokens in the cache; when they are that many, the text and the last ``keep`` of them
+    (``Character.kept``) are prefilled anew. deadline: ``time.monotonic()`` after which it is given up.
     """
 
     text: Tensor
@@ -81,6 +83,16 @@ class Character:
     @property
     def over(self) -> bool:
         return self.state not in ("queued", "running")
+
+    @property
+    def kept(self) -> int:
+        """The newest tokens to prefill behind the text: a new prompt's, or those of a window that is full.
+
+        Of a held pose it is one: that says all of it, and behind more of them a model would rather hold on than
+        do what the text says (docs/streaming.md). A pose is held where there are few kinds of tokens among many.
+        """
+        recent = self.tokens[-2 * self.job.keep :]
+        return self.carry or (1 if HELD * len(set(recent)) <= len(recent) else self.job.keep)
 
     @property
     def ready(self) -> bool:

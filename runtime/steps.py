@@ -49,7 +49,7 @@ class Steps(ABC):
         room = PREFILLED_AT_ONCE
         turn: list[Character] = []
         for character in self._due:
-            tokens = min(len(character.tokens), character.carry or character.job.keep)
+            tokens = min(len(character.tokens), character.kept)
             room -= sum(len(text) + tokens for text in character.job.texts)
             if turn and room < 0:
                 break
@@ -68,7 +68,7 @@ class Steps(ABC):
                 self._replay(character, *character.base)  # type: ignore[misc]
             else:
                 written = len(character.tokens)
-                new.append((character, max(0, written - (character.carry or character.job.keep)), written))
+                new.append((character, max(0, written - character.kept), written))
         self._prefill(new)
 
     def fill_one(self, character: Character) -> None:

@@ -171,8 +171,9 @@ WALK, RUN, JUMP = "a person walks forward", "a person runs", "a person jumps"
         ((1, 0, 0.0, 0, 1.0, 1.0, 3.0), [(JUMP, 45)]),  # greedy, no guidance
         ((5, 1, 1.0, 0, 0.95, 2.5, math.inf), [(WALK, 20), (RUN, 20), (JUMP, 20)]),  # told otherwise twice
         ((9, 2, 1.0, 0, 0.9, 2.5, math.inf), [(WALK, 200)]),  # beyond its window
+        ((1, 0, 1.0, 0, 0.95, 1.5, math.inf), [("a person stands still", 200)]),  # the same with a held pose
     ],
-    ids=["end", "top_k", "greedy", "redirect", "window"],
+    ids=["end", "top_k", "greedy", "redirect", "window", "held"],
 )
 def test_a_clip_has_the_tokens_of_python(cpp, model, bundle, build, tmp_path, how, steps) -> None:
     said = cpp.run(

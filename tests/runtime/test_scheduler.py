@@ -3,6 +3,7 @@
 All of it twice: drawn on the host, and on the device, where the host reads a step late (there by the kernels' definitions).
 """
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from kinetok.model.decoder import MotionDecoder
 from kinetok.runtime import SamplingParams, steps
 from kinetok.runtime.backends.fused import FusedBackend
 from kinetok.runtime.backends.torch import TorchBackend
-from kinetok.runtime.character import Job
+from kinetok.runtime.character import Character, Job
 from kinetok.runtime.scheduler import Scheduler
 
 PLAIN = SamplingParams(temperature=1.0, top_k=0, top_p=0.9, guidance=1.0)
@@ -81,6 +82,36 @@ def test_a_full_window_goes_on_from_its_last_tokens(decoder) -> None:
     run(crowd, character)
     contexts = [*range(13), *(5 + i % 8 for i in range(27))]  # 12 tokens, then 5 of them and up to 7 more
     assert character.tokens == oracle(decoder, [long.texts] * 40, long, contexts)
+
+
+def test_of_a_held_pose_a_full_window_keeps_one_token(decoder) -> None:
+    held = copy.deepcopy(decoder)
+    torch.nn.init.zeros_(held.head.weight)  # all tokens are alike, and greedy takes the first
+    wish = job(least=40, most=40, window=12, keep=5, params=replace(PLAIN, temperature=0))
+    bases = []
+    for one in (held, decoder):
+        crowd, found = scheduler(one), []
+        character = crowd.submit(wish)
+        while not character.over:
+            crowd.step()
+            found.append(character.base)
+        bases.append(list(dict.fromkeys(found)))
+    assert bases[0] == [(0, 0), (12, 13), (24, 25), (36, 37)]
+    assert len(set(character.tokens)) > 5 and {last - first for first, last in bases[1][1:]} == {5}
+
+
+def test_how_many_kinds_of_tokens_are_a_held_pose() -> None:
+    for tokens, kept in (
+        ([7] * 10, 1),
+        ([7] * 9 + [8], 5),
+        ([1, 2, 3, 4, 5] + [7] * 10, 1),
+        ([7] * 6, 1),
+        ([7] * 5, 5),
+    ):
+        assert Character(job(keep=5), tokens=tokens).kept == kept, tokens
+    assert Character(job(keep=15), tokens=[1, 2, 3, 4, 5] * 6).kept == 1
+    assert Character(job(keep=15), tokens=[1, 2, 3, 4, 5, 6] * 5).kept == 15
+    assert Character(job(keep=5), tokens=[7] * 10, carry=2).kept == 2
 
 
 def test_a_new_text_sees_nothing_of_the_old_one(decoder) -> None:

@@ -100,6 +100,19 @@ struct Character {
   int32_t token(uint64_t index) const { return tokens_[index % kept]; }
   uint32_t kept_tokens() const { return static_cast<uint32_t>(std::min<uint64_t>(written, kept)); }
 
+  // Those to prefill anew when the window is full: one of a held pose, as in runtime/character.py.
+  uint32_t slid_tokens() const {
+    constexpr uint32_t HELD = 6;
+    const uint32_t recent = std::min(2 * plan.keep, kept_tokens());
+    uint32_t kinds = 0;
+    for (uint64_t i = written - recent; i < written; ++i) {
+      uint64_t other = written - recent;
+      while (other < i && token(other) != token(i)) ++other;
+      kinds += other == i;
+    }
+    return HELD * kinds <= recent ? 1 : std::min(plan.keep, kept_tokens());
+  }
+
   uint32_t unread() const { return count_; }
   const float* frame(uint32_t index) const { return unread_ + size_t{(first_ + index) % ahead} * features_; }
   void push_frame(const float* frame) {

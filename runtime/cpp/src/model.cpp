@@ -298,7 +298,7 @@ void Model::take_token(uint32_t index) {
   else if (c.ending)
     return;
   else if (c.cached >= c.plan.window)  // full: the text and the newest tokens anew
-    prepare_later(index, c.plan, std::min(c.plan.keep, c.kept_tokens()));
+    prepare_later(index, c.plan, c.slid_tokens());
 }
 
 // Of the frames that a call gave: those that the clip has and that were not there before.
