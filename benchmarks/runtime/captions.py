@@ -93,6 +93,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     from kinetok.export.bundle import export_bundle
+    from kinetok.files import whole_file
     from kinetok.model.pretrained import load_pretrained
 
     build = ROOT / "build" / "cpp-probe"
@@ -104,7 +105,8 @@ def main() -> int:
     text = json.dumps(result, indent=1)
     print(text)
     if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
+        with whole_file(options.json) as file:
+            file.write_text(text + "\n", encoding="utf-8")
     return 1 if result["unlike"] else 0
 
 
