@@ -47,6 +47,10 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise UserError(f"LoopConfig: expected schedule to be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise UserError(f"LoopConfig: expected ema from 0 to below 1, got {self.ema!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(f"LoopConfig: expected clip_norm above 0, got {self.clip_norm!r}")
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:

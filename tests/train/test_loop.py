@@ -68,8 +68,19 @@ def test_the_reference_schedule_is_the_golden_one(golden) -> None:
         steps = [*(z["tok_warm_iter"] - 1), *(z["tok_main_iter"] + warm - 2)]
         rates = [learning_rate(tokenizer, int(step)) for step in steps]
         np.testing.assert_allclose(rates, [*z["tok_warm_lr"], *z["tok_main_lr"]], atol=1e-12, rtol=0)
-    with pytest.raises(UserError, match="cosine, reference"):
-        LoopConfig(steps=1, schedule="linear")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"schedule": "linear"}, "cosine, reference"),
+        ({"ema": 1.0}, "ema from 0 to below 1, got 1.0"),
+        ({"clip_norm": 0.0}, "clip_norm above 0, got 0.0"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(words, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        LoopConfig(steps=1, **words)
 
 
 def test_without_average_and_clipping(tmp_path: Path, line, config) -> None:

@@ -184,4 +184,9 @@ def test_the_live_view(tmp_path: Path) -> None:
         "loss": 1.25,
         "grad_norm": 0.5,
     }
-    assert list(tmp_path.glob("events.*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert board.Tags()["scalars"] == ["train/loss", "train/grad_norm"]
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(8, 1.25)]

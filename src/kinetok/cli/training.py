@@ -22,8 +22,8 @@ SAMPLES = typer.Option(help="Draw sample motions every so many steps; 0: never."
 DRY_RUN = typer.Option("--dry-run", help="Only print what a recipe for a clip store costs.")
 GPUS = typer.Option(help="With --dry-run: GPUs.", min=1)
 RATE = typer.Option(help="With --dry-run: the measured rate of all GPUs together.")
-EMA = typer.Option(help="Keep the moving average of this decay (0.9999).", min=0.0, max=1.0)
-CLIP = typer.Option(help="Clip the gradient of a step to this norm.", min=0.0)
+EMA = typer.Option(help="Keep the moving average of this decay (0.9999).")
+CLIP = typer.Option(help="Clip the gradient of a step to this norm.")
 
 
 def register(app: typer.Typer) -> None:
