@@ -108,7 +108,7 @@ void Bundle::read_decoder(const Json& root) {
   head_dim = size_of(decoder, "head_dim", 1, 4096);
   codebook = size_of(decoder, "codebook");
   logits = size_of(decoder, "logits", 1, 2 * MANY);
-  positions = size_of(decoder, "positions", 2);
+  positions = size_of(decoder, "positions", 2, 1 << 16);  // a cache is taken for all of them
   text_dim = size_of(decoder, "text_dim");
   max_text = size_of(decoder, "max_text", 1, positions);
   end_id = static_cast<int32_t>(decoder.at("end_id").natural("end_id", 0, logits - 1));

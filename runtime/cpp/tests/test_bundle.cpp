@@ -43,6 +43,7 @@ TEST(impossible_manifests_are_refused) {
       {"\"heads\": 6", "\"heads\": 6.5"},
       {"\"end_id\": 15360", "\"end_id\": 15362"},
       {"\"positions\": 301", "\"positions\": 1"},
+      {"\"positions\": 301", "\"positions\": 1000000"},
       {"\"kv_dtype\": \"float32\"", "\"kv_dtype\": \"bfloat16\""},
       {"\"frames_per_token\": 2", "\"frames_per_token\": 0"},
       {"\"prefill.onnx\"", "\"../prefill.onnx\""},
