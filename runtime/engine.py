@@ -32,7 +32,7 @@ from kinetok.runtime.stream import Stream
 T = TypeVar("T")
 ATTENTION = {
     "torch": "torch scaled_dot_product_attention",
-    "fused": "kinetok decode_attention; torch scaled_dot_product_attention for prompts",
+    "fused": "kinetok decode_attention and prefix_attention",
 }
 
 

@@ -1,10 +1,10 @@
 """The fused backend on a GPU against torch's: ``python benchmarks/runtime/check_fused.py --json FILE``.
 
 On the default model in fp32 and bf16, and on two layers as wide as the 7B's and the 3B's (random weights, bf16): logits near
-torch's, tokens of clips, a row's bits alone and in company, a graph's replay against the call that it was captured from,
-draws on the device against draws on the host, an fp8 cache; then random joins, leaves, twins, new prompts and faults
-(soak_crowd.py). Exit code 1 where a check fails or does not end, 2 without a GPU. ``--device cpu`` runs the definitions
-instead, to check this script.
+torch's; bits of steps, prefills and clips, alone and in company; a graph's replay against the call that it was captured
+from; draws on the device against draws on the host; an fp8 cache. Then random joins, leaves, twins, new prompts and
+faults (soak_crowd.py). Exit code 1 where a check fails or does not end, 2 without a GPU. ``--device cpu`` runs the
+definitions instead, to check this script.
 """
 
 import argparse
@@ -64,6 +64,7 @@ def checks(decoder: MotionDecoder, texts: Sequence[Tensor], steps: int) -> Itera
     for float8 in (False, True):
         yield rows_keep_their_bits(decoder, texts, float8=float8)
         yield clips_keep_their_tokens(decoder, texts, steps, float8=float8)
+    yield prefills_keep_their_bits(decoder, texts)
     yield replay_is_the_call(decoder, texts)
     yield device_draws_as_the_host(decoder, texts, steps)
 
@@ -109,6 +110,17 @@ def rows_keep_their_bits(decoder: MotionDecoder, texts: Sequence[Tensor], *, flo
         row = among.decode(slots, tokens)[slots.index(9)]
         different += not torch.equal(row, alone.decode([0], tokens[:1])[0])
     return Finding(f"bits alone and among 19{_kv(float8)}", different == 0, f"{different} of 8 steps differ")
+
+
+def prefills_keep_their_bits(decoder: MotionDecoder, texts: Sequence[Tensor]) -> Finding:
+    """Logits, keys and values of texts and motion in one pass, and one by one."""
+    capacity = max(map(len, texts)) + 8
+    together, alone = (FusedBackend(decoder, len(texts), capacity) for _ in range(2))
+    rows = [(slot, text, list(range(slot % 8))) for slot, text in enumerate(texts)]
+    logits = together.prefill_all(rows), torch.stack([alone.prefill(*row) for row in rows])
+    passed = torch.equal(*logits) and torch.equal(together.slab, alone.slab)
+    difference = float((logits[0] - logits[1]).abs().max())
+    return Finding("bits of a prefill alone and with others", passed, f"logits differ by at most {difference:.2g}")
 
 
 def clips_keep_their_tokens(decoder: MotionDecoder, texts: Sequence[Tensor], steps: int, *, float8: bool) -> Finding:

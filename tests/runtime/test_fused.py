@@ -145,7 +145,7 @@ def small() -> tuple[MotionDecoder, list[torch.Tensor]]:
 def test_what_a_gpu_will_be_asked_holds_for_the_definitions(small, script) -> None:
     check = script("benchmarks/runtime/check_fused.py")
     found = list(check.checks(*small, steps=9))
-    assert len(found) == 8 and all(finding.passed for finding in found), found
+    assert len(found) == 9 and all(finding.passed for finding in found), found
     assert check.random_events("cpu", 20).passed
 
 
