@@ -113,9 +113,12 @@ def read_engines(path: str | Path) -> Engines:
     return Engines(folder, manifest)
 
 
-def check_here(engines: Engines, purpose: str) -> Any:
-    """The installed library, for engines of this GPU and this version of it. ``UserError`` for any others."""
-    engines.check_gpu(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
+def check_here(engines: Engines, purpose: str, device: torch.device | None = None) -> Any:
+    """The installed library, for engines of this GPU (None: torch's current one) and this version of it.
+
+    Raises ``UserError`` for any others.
+    """
+    engines.check_gpu(torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None)
     trt = library(engines.kind, purpose)
     engines.check_library(trt)
     return trt

@@ -12,6 +12,7 @@ from kinetok.errors import UserError
 from kinetok.runtime.memory import within_memory
 
 TRIAL = (1, 2, 5, 16)
+BOUND = 256  # calls that stay bound, at least one for each slot: a crowd that comes and goes meets very many
 
 Run = Callable[[], None]
 Bind = Callable[[Mapping[str, Tensor]], Run]
@@ -62,6 +63,8 @@ class SlotSteps:
         self.positions[:, 0].copy_(torch.tensor(self.lengths), non_blocking=True)
         for start, stop in self.neighbours(slots):
             if (start, stop) not in self.calls:
+                if len(self.calls) >= max(BOUND, len(self.lengths)):
+                    del self.calls[next(iter(self.calls))]
                 self.calls[start, stop] = self.bind(
                     {
                         "input_ids": self.tokens[start:stop],

@@ -5,7 +5,7 @@ library's place is taken by one that computes the same graphs on a CPU.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ class SideStream:
         self.stream = torch.cuda.Stream(device)
 
     def __call__(self, enqueue: Callable[[int], bool]) -> bool:
-        current = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(current)
-        done = enqueue(self.stream.cuda_stream)
-        current.wait_stream(self.stream)
+        with torch.cuda.device(self.stream.device):  # the library works on the current one
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            done = enqueue(self.stream.cuda_stream)
+            current.wait_stream(self.stream)
         return done
 
 
@@ -86,7 +87,7 @@ class _Context:
     """An execution context and the tensors that it is bound to now."""
 
     context: Any
-    bound: Mapping[str, Tensor] | None = field(default=None)
+    bound: Mapping[str, Tensor] | None = None
 
 
 class BoundEngine:
@@ -109,6 +110,11 @@ class BoundEngine:
         }
         self.contexts: dict[int, _Context] = {}
 
+    @property
+    def batches(self) -> list[int]:
+        """The most rows that each profile takes; rows are every input's first axis."""
+        return [next(iter(limits.values()))[2][0] for limits in self.limits]
+
     def profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The first profile, they grow, that takes inputs of these shapes. ``UserError`` where none does."""
         wrong = ""
@@ -124,6 +130,9 @@ class BoundEngine:
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Run:
         """What runs the engine on these tensors. All checks are made here, once."""
+        if tensors.keys() != self.dtypes.keys():
+            odd = sorted(tensors.keys() ^ self.dtypes.keys())[0]
+            raise UserError(f"engine {self.name}: {odd} is not both in the engine and in its manifest: build it again")
         for name, dtype in self.dtypes.items():
             given = tensors[name]
             if given.dtype != dtype or not given.is_contiguous():
@@ -143,10 +152,9 @@ class BoundEngine:
         for output, source in self.same.items():
             assert tensors[output].data_ptr() == tensors[source].data_ptr()
         index = self.profile({tensor: tuple(tensors[tensor].shape) for tensor in self.inputs})
-        bound = {tensor: tensors[tensor] for tensor in self.dtypes}
 
         def run() -> None:
-            if not self.launch(lambda stream: self._enqueue(index, bound, stream)):
+            if not self.launch(lambda stream: self._enqueue(index, tensors, stream)):
                 raise RuntimeError(f"engine {self.name} did not run: {short(self.said)}")
 
         return run
@@ -217,7 +225,6 @@ class TensorRTBackend(GraphBackend):
         prefill, decode = (
             BoundEngine(trt, engines.engine(name), self.compiled, launch) for name in ("prefill", "decode")
         )
-        rows = [limits["input_ids"][2][0] for limits in decode.limits]
         shape = CacheShape(
             layers=sizes["layers"],
             heads=sizes["heads"],
@@ -233,16 +240,17 @@ class TensorRTBackend(GraphBackend):
             device,
             prefill.bind,
             decode.bind,
-            most=max(rows),
-            trial=(*TRIAL, *rows),
+            most=max(decode.batches),
+            trial=(*TRIAL, *decode.batches),
         )
         self.compiled.save()
 
 
 def open_engines(engines: Engines, slots: int, capacity: int, device: torch.device) -> TensorRTBackend:
     """The backend on a GPU of this machine. ``UserError`` for engines of another GPU or version of the library."""
-    trt = check_here(engines, "backend tensorrt")
+    trt = check_here(engines, "backend tensorrt", device if device.type == "cuda" else None)
     if device.type != "cuda":
         raise UserError(f"backend tensorrt runs on a GPU, and the model is on {device}: load it with the device cuda")
     target = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return TensorRTBackend(trt, engines, slots, capacity, device, target, SideStream(device))
+    with torch.cuda.device(device):
+        return TensorRTBackend(trt, engines, slots, capacity, device, target, SideStream(device))

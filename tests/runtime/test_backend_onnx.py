@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
 from kinetok.errors import UserError
 from kinetok.export.bundle import export_bundle
 from kinetok.model.decoder import MotionDecoder
-from kinetok.runtime.backends import open_backend
+from kinetok.runtime.backends import graphs, open_backend
 from kinetok.runtime.backends.graphs import SlotSteps
 from kinetok.runtime.backends.onnx import LiveOnnxBackend, OnnxBackend, OnnxDetokenizer
 from kinetok.runtime.bundle import read_bundle
@@ -56,6 +56,18 @@ def test_which_slots_share_a_call(slots, together, calls) -> None:
     steps = SlotSteps.__new__(SlotSteps)
     steps.most, steps.batched = 4, together
     assert steps.neighbours(slots) == calls
+
+
+def test_only_so_many_calls_stay_bound(exact, monkeypatch) -> None:
+    monkeypatch.setattr(graphs, "BOUND", 3)
+    backend = OnnxBackend(exact, 3, 40)
+    backend._step.batched = True
+    for slot in range(3):
+        backend.prefill(slot, features(4))
+    for slots in ([0], [1], [2], [0, 1], [1, 2], [0, 1, 2], [0]):
+        backend.decode(slots, torch.arange(len(slots)))
+        assert len(backend._step.calls) <= 3
+    assert backend.lengths == [8, 8, 7]
 
 
 def test_the_detokenizer_whole_and_in_pieces(small_model, exact) -> None:

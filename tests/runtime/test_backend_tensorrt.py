@@ -6,6 +6,7 @@ it supports, to agree with torch.
 
 import importlib.util
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -119,6 +120,9 @@ def test_tensors_that_are_not_the_engines(opened) -> None:
     for logits in (torch.zeros(1, 4000), torch.zeros(1, 1, 4376)):
         with pytest.raises(UserError, match=r"decode: logits is \[-1, 4376\] in the engine, and its manifest makes it"):
             decode.bind({**tensors, "logits": logits})
+    for names in ({**tensors, "past_key_values.2.key": tensors["logits"]}, {**tensors, "logits": None}):
+        with pytest.raises(UserError, match=r"decode: (logits|past_key_values\.2\.key) is not both in the engine"):
+            decode.bind({name: value for name, value in names.items() if value is not None})
     apart = {**tensors, "present.1.value": tensors["present.1.value"].clone()}
     with pytest.raises(AssertionError):
         decode.bind(apart)
@@ -209,10 +213,12 @@ def test_the_side_stream_keeps_to_the_current_streams_order(monkeypatch) -> None
             order.append((self.name, "waits for", other.name))
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, "current", 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(None, "current", 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(order.append(("on", str(device)))))
     launch = SideStream(torch.device("cuda:1"))
     assert not launch(lambda handle: order.append(("launched on", str(handle))))
-    assert order == [("side", "waits for", "current"), ("launched on", "99"), ("current", "waits for", "side")]
+    waits = [("side", "waits for", "current"), ("launched on", "99"), ("current", "waits for", "side")]
+    assert order == [("on", "cuda:1"), *waits]
 
 
 def test_opening_by_name(stand_in_engines, stand_in, small_model, monkeypatch) -> None:

@@ -89,7 +89,7 @@ def test_engines_of_another_version_of_the_library(folder, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"built by tensorrt-rtx 1\.0, but 1\.1 is installed: build them again"):
         engines.check_library(SimpleNamespace(__version__="1.1"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (12, 0))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.0", Builder=None))
     assert check_here(engines, "a test").__version__ == "1.0"
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
