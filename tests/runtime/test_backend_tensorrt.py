@@ -283,9 +283,10 @@ def gpu_kind() -> str:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("fp16", 2e-2)])
 def test_a_gpus_engines_agree_with_torch(small_model, tmp_path, dtype, tolerance) -> None:
+    kind = gpu_kind()
+    pytest.importorskip("onnx", reason="needs the extra 'onnx'")
     from kinetok.export.tensorrt import export_engines
 
-    kind = gpu_kind()
     target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     options = {"targets": [target]} if kind == "tensorrt-rtx" else {}
     export_engines(small_model, tmp_path / "out", kind=kind, dtype=dtype, batches=[1, 4], **options)
