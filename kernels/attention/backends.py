@@ -62,8 +62,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor, lengths: Tensor 
         return _masked(q, k, v, reference.prefix_mask(text_lengths, q.shape[1]))
     if q.is_cpu:
         rows = []
+        apart = [x.unbind(0) for x in (q, k, v)]  # whose gradients are put together once, not added up row by row
         for row, (text, length) in enumerate(zip(text_lengths.tolist(), lengths.tolist(), strict=True)):
-            own_q, own_k, own_v = (x[row : row + 1, :length] for x in (q, k, v))
+            own_q, own_k, own_v = (x[row][None, :length] for x in apart)
             mask = None if text >= length else reference.prefix_mask(text_lengths[row : row + 1], length)
             rows.append(F.pad(_masked(own_q, own_k, own_v, mask), (0, 0, 0, 0, 0, q.shape[1] - length)))
         return torch.cat(rows) if rows else torch.zeros_like(q)
