@@ -104,6 +104,11 @@ def random_model(config: DecoderConfig, device: torch.device, dtype: torch.dtype
     )
 
 
+def name_of_model(model: str) -> str:
+    """For the results: a folder's name, since where it lies is nobody's business, or a hub id."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
 def load(preset: str, model: str | None, device: torch.device, dtype: str, *, causal: bool = False) -> Subject:
     """A model directory (or "default"), else a preset with random weights; quantised where ``dtype`` says so."""
     check_dtype(dtype)
@@ -113,7 +118,9 @@ def load(preset: str, model: str | None, device: torch.device, dtype: str, *, ca
         bundle = load_pretrained(model, device, floats)
     else:
         bundle = random_model(decoder_preset(preset), device, floats, causal=causal)
-    name = model or (f"{preset}, causal tokenizer" if causal and preset != "default" else preset)
+    name = f"{preset}, causal tokenizer" if causal and preset != "default" else preset
+    if model is not None:
+        name = name_of_model(model)
     if dtype in FLOATS:
         if bundle.quantisation is not None:
             raise UserError(

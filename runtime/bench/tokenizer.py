@@ -17,6 +17,7 @@ from kinetok.model.pretrained import load_pretrained
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.runtime.bench.clock import Marks, Memory, matmul_rate, spread
 from kinetok.runtime.bench.record import Report, Row, Save, Tell, unsaved
+from kinetok.runtime.bench.subject import name_of_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +100,7 @@ def measure(settings: TokenizerSettings, tell: Tell = print, save: Save = unsave
                 median = statistics.median(seconds)
                 row: Row = {
                     "kind": "tokenizer",
-                    "model": settings.model or settings.preset,
+                    "model": settings.preset if settings.model is None else name_of_model(settings.model),
                     "dtype": "fp32",
                     "kv": "none",
                     "batch": batch,

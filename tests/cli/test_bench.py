@@ -25,6 +25,7 @@ def test_decode_then_compare(kinetok, refused, model, tmp_path) -> None:
     first = kinetok(*arguments, "--json", tmp_path / "a.json", "--note", "a test")
     assert first.code == 0 and "tok/s" in first.out, first
     found = json.loads((tmp_path / "a.json").read_text())
+    assert {row["model"] for row in found["rows"]} == {model.name}
     assert found["note"] == "a test" and [(row["tokens"], row["route"]) for row in found["rows"]] == [
         (6, "ours"),
         (6, "uncached"),
