@@ -22,7 +22,7 @@ from kinetok.model.streaming import whole_clip_reason
 from kinetok.motion.features import FEATURES, POSITIONS, ROTATIONS, VELOCITIES
 from kinetok.motion.skeleton import JOINT_NAMES, PARENTS
 from kinetok.runtime.backends.torch import TorchBackend
-from kinetok.runtime.bundle import ALIGNMENT, Bundle, file_digest
+from kinetok.runtime.bundle import ALIGNMENT, Bundle, file_digest, probe
 from kinetok.runtime.manifest import FORMAT, MANIFEST, VERSION
 from kinetok.runtime.quantize import PROMPTS, compare, failures, trial
 from kinetok.runtime.sampling import TRAINED_SECONDS, SamplingParams
@@ -246,6 +246,7 @@ def _facts(model: ModelBundle, precision: Precision, kv_dtype: np.dtype, opset: 
         "precision": precision.name,
         "kv_dtype": kv_dtype.name,
         "decoder": decoder_facts(decoder),
+        "probe": probe(model.decoder),
         "tokenizer": {
             "codebook": tokenizer.codebook,
             "frame_rate": FRAME_RATE,

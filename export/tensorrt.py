@@ -19,7 +19,7 @@ from kinetok.files import whole_directory
 from kinetok.model.bank import MAX_FEATURES
 from kinetok.model.pretrained import ModelBundle
 from kinetok.model.streaming import whole_clip_reason
-from kinetok.runtime.bundle import file_digest
+from kinetok.runtime.bundle import file_digest, probe
 from kinetok.runtime.engines import ENGINES, FORMAT, VERSION, library, read_engines
 
 BATCHES = (1, 8, 64)
@@ -142,6 +142,7 @@ def export_engines(
             if builder.timing is None
             else {"reused_bytes": builder.reused, "bytes": len(builder.timing)},
             "decoder": decoder_facts(config),
+            "probe": probe(model.decoder),
             "licence": model.licence,
             "files": {},
         }

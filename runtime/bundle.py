@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig
+from kinetok.model.decoder import MotionDecoder
 from kinetok.model.tensor_files import natural, possible_shape
 from kinetok.runtime.manifest import FILE_NAME, MANIFEST, TENSOR_DTYPES, read_manifest
+from kinetok.runtime.schema import each, real
 
 ALIGNMENT = 64  # of the tensors in a flat file
+PROBED = 16  # numbers of a tensor
 _DTYPES = {name: np.dtype(name) for name in TENSOR_DTYPES}
 _CHUNK = 1 << 22
 
@@ -71,7 +75,7 @@ class Bundle:
         return np.fromfile(path, dtype.newbyteorder("<"), count, offset=offset).reshape(shape)
 
     def check_decoder(self, config: DecoderConfig) -> None:
-        """Raise ``UserError`` where the bundle was made from a decoder of other sizes."""
+        """Raise ``UserError`` where this was made from a decoder of other sizes."""
         for name, wanted in (
             ("layers", config.n_layer),
             ("heads", config.n_head),
@@ -81,15 +85,38 @@ class Bundle:
             ("text_dim", config.text_dim),
         ):
             if (got := self.number("decoder", name)) != wanted:
-                raise UserError(
-                    f"{self.directory}: this bundle is of another model ({name} {got}, the model has {wanted}): export the "
-                    "model again, or name the model that it was made from"
-                )
+                raise self._of_another_model(f"{name} {got}, the model has {wanted}")
+
+    def check_weights(self, decoder: MotionDecoder) -> None:
+        """Raise ``UserError`` where this was made from other weights, such as those before a fine-tuning.
+
+        Only what the manifest's ``probe`` holds is compared, in the decoder's precision. Engines of before there was one pass.
+        """
+        stored, own = self.manifest.get("probe"), torch.tensor(probe(decoder))
+        if stored is None:
+            return
+        if bad := each(real())(stored):
+            raise UserError(f"{self.directory / self.source}: expected 'probe' to be {bad[1]}")
+        dtype = decoder.norm.scale.dtype
+        if not torch.equal(torch.tensor(stored, dtype=torch.float32).to(dtype), own.to(dtype)):
+            raise self._of_another_model("of the same sizes, with other weights")
+
+    def _of_another_model(self, how: str) -> UserError:
+        return UserError(
+            f"{self.directory}: this was made from another model ({how}): export the model again, or name the model that it "
+            "was made from"
+        )
 
     def _file(self, name: Any) -> str:
         if not isinstance(name, str) or name not in self.section("files"):
             raise UserError(f"{self.directory / self.source}: {str(name)[:80]!r} is not among its files")
         return name
+
+
+def probe(decoder: MotionDecoder) -> list[float]:
+    """A few numbers that tell a decoder from others of its sizes; quantising leaves them as they are."""
+    parts = decoder.text_proj.bias, decoder.norm.scale, decoder.embed.weight[0]
+    return [value for part in parts for value in part[:PROBED].detach().float().tolist()]
 
 
 def is_bundle(path: str | Path) -> bool:

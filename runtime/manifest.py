@@ -117,6 +117,7 @@ _BUNDLE = fields(
         text_dim=_SIZE,
         max_text=_SIZE,
     ),
+    probe=each(real()),
     tokenizer=fields(
         codebook=_SIZE,
         frame_rate=whole(1, 1000),

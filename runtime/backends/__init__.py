@@ -113,6 +113,7 @@ def _onnx(model: ModelBundle, slots: int, capacity: int, folder: str) -> Backend
         return LiveOnnxBackend(model.decoder, slots, capacity)
     bundle = read_bundle(folder)
     bundle.check_decoder(model.decoder.config)
+    bundle.check_weights(model.decoder)
     return OnnxBackend(bundle, slots, capacity, model.decoder.embed.weight.device)
 
 
@@ -127,6 +128,7 @@ def _tensorrt(model: ModelBundle, slots: int, capacity: int, folder: str) -> Bac
         )
     engines = read_engines(folder)
     engines.check_decoder(model.decoder.config)
+    engines.check_weights(model.decoder)
     return open_engines(engines, slots, capacity, model.decoder.embed.weight.device)
 
 

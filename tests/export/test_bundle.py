@@ -1,5 +1,6 @@
 """A bundle: what the manifest says is what the files hold, it replays, and nothing half-written is left behind."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -15,6 +16,7 @@ from kinetok.errors import UserError
 from kinetok.export.bundle import export_bundle
 from kinetok.export.replay import replay
 from kinetok.model.packed import Quantisation
+from kinetok.runtime.backends import open_backend
 from kinetok.runtime.bundle import read_bundle
 from kinetok.runtime.manifest import MANIFEST
 
@@ -257,3 +259,23 @@ def test_a_model_that_cannot_stream(model_of, tmp_path) -> None:
     manifest = json.loads((out / MANIFEST).read_text())
     assert "whole clip" in manifest["absent"]["detokenize_stream"] and "detokenize_ahead" not in manifest["graphs"]
     assert "0.streamed" not in {check.name for check in replay(out).checks}
+
+
+@pytest.mark.parametrize("part", ["text_proj.bias", "norm.scale", "embed.weight"])
+def test_a_bundle_of_a_model_of_the_same_sizes_is_told_apart(bundle, model_of, part) -> None:
+    """As before and after a fine-tuning; otherwise another model's motion would come out without a word."""
+    opened, decoder = read_bundle(bundle), model_of().decoder
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        opened.check_weights(copy.deepcopy(decoder).to(dtype))
+    with torch.no_grad():
+        decoder.get_parameter(part).view(-1)[3] *= 1.01
+    with pytest.raises(UserError, match=r"another model \(of the same sizes, with other weights\): export"):
+        opened.check_weights(decoder)
+
+
+def test_a_bundle_is_opened_for_its_own_model(bundle, model_of) -> None:
+    model, other = model_of(), model_of()
+    torch.nn.init.constant_(other.decoder.text_proj.bias, 0.5)
+    assert open_backend(f"onnx:{bundle}", model, 1, 20).slots == 1
+    with pytest.raises(UserError, match="another model"):
+        open_backend(f"onnx:{bundle}", other, 1, 20)
