@@ -2,7 +2,11 @@
 
 Change of a frame: of the root's velocity (metres a second), and of the joints seen from the root (root mean square, metres).
 At a seam the largest of the four changes that follow counts; it is given as a multiple of the clip's median change, and beside
-it the same multiple for windows of four changes anywhere in the clip: their 95th percentile.
+it the same multiple for windows of four changes anywhere in the clip: their 95th percentile. A new prompt's clip has two
+halves with different medians, so its largest change is also given as it is, beside the largest away from the seam.
+
+And does it stand still in the end? "still" is the share of the frames in which the joints move by less than two millimetres,
+in the first and in the last ten seconds.
 """
 
 import argparse
@@ -19,7 +23,10 @@ from kinetok.files import whole_file
 from kinetok.motion.skeleton import FPS
 
 FOLLOWING = 4
+SETTLING = 30  # frames after a new prompt that are neither of the old motion nor of the new one
+STILL = 0.002  # metres a frame, averaged over five
 LONG = ["a person walks forward", "a person runs", "a person dances", "a person waves"]
+HELD = ["a person waves", "a person punches", "a person practices karate", "a person kicks", "a person dances"]
 CHANGES = [
     ("a person walks forward", "a person runs"),
     ("a person runs", "a person walks forward"),
@@ -49,6 +56,12 @@ def at_seams(series: np.ndarray, seams: list[int]) -> dict[str, Any]:
         # None: the model stands frozen, and there is nothing to compare with.
         "anywhere_95th_percentile_over_median": round(anywhere / median, 2) if median else None,
     }
+
+
+def still(features: np.ndarray) -> list[float]:
+    """Shares of the frames that hardly move, in the first and in the last ten seconds."""
+    held = np.convolve(changes(features)["pose"], np.ones(5) / 5, "same") < STILL
+    return [round(float(part.mean()), 3) for part in (held[: round(10 * FPS)], held[-round(10 * FPS) :])]
 
 
 def long_stream(
@@ -119,6 +132,7 @@ def main() -> None:
         "seconds": options.seconds,
         "following_changes": FOLLOWING,
         "slides": {},
+        "still": {},
         "new_prompts": {},
     }
     for prompt in LONG:
@@ -132,6 +146,10 @@ def main() -> None:
         print(prompt, json.dumps(report["slides"][prompt]), flush=True)
         if options.svg and prompt == LONG[0]:
             figure(options.svg, prompt, features, seams)
+    for prompt in HELD:
+        clips = (engine.generate(prompt, seconds=options.seconds, seed=seed)[0] for seed in range(2 * options.seeds))
+        report["still"][prompt] = [still(clip.features) for clip in clips]
+        print(prompt, "still", json.dumps(report["still"][prompt]), flush=True)
     for old, new in CHANGES:
         rows = []
         for seed in range(options.seeds):
@@ -141,6 +159,10 @@ def main() -> None:
                 after = [next(stream) for _ in range(30)]
             features = np.concatenate([block.features for block in before + after])
             frames = sum(map(len, before))
+            away = {
+                name: max(series[: frames - 1].max(), series[frames + SETTLING :].max())
+                for name, series in changes(features).items()
+            }
             speeds = FPS * np.linalg.norm(features[:, :2], axis=1)
             rows.append(
                 {
@@ -149,6 +171,10 @@ def main() -> None:
                         round(float(speeds[:frames].mean()), 2),
                         round(float(speeds[-30:].mean()), 2),
                     ],
+                    "largest_change_at_the_seam_and_away_from_it": {
+                        name: [round(float(value), 4) for value in (series[frames - 1 :][:FOLLOWING].max(), away[name])]
+                        for name, series in changes(features).items()
+                    },
                     **{name: at_seams(series, [frames]) for name, series in changes(features).items()},
                 }
             )
