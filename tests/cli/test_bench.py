@@ -61,6 +61,9 @@ def test_wrong_tokens_of_ours_are_exit_code_1(kinetok, model, monkeypatch, tmp_p
     outcome = kinetok("bench", "decode", "--model", model, "--tokens", "6", "--json", tmp_path / "w.json")
     assert outcome.code == 1 and "other tokens" in outcome.out
     assert record.read(tmp_path / "w.json")["cannot_run"][0]["route"] == "ours"
+    monkeypatch.setattr(tokenizer, "check_of", lambda *_: {"passed": False, "margin": 0.5})
+    outcome = kinetok("bench", "tokenizer", "--model", model, "--tokens", "2", "--repeats", "5")
+    assert outcome.code == 1 and "is wrong by 0.5" in outcome.out
 
 
 def test_step(kinetok, refused, model, tmp_path) -> None:
