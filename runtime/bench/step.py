@@ -43,7 +43,7 @@ class StepSettings:
         check_dtype(self.dtype)
         if self.repeats < 5 or self.steps < 2 or min(self.batch, default=0) < 1 or self.text < 1:
             raise UserError("expected at least 5 repeats, 2 steps, a batch of at least 1 and 1 text position")
-        least = self.text + self.steps // 2
+        least = self.text + self.steps // 2 + 1
         if min(self.positions, default=0) < least:
             raise UserError(f"positions: {self.text} of text and {self.steps} steps need at least {least}")
 
@@ -57,14 +57,15 @@ class Runs:
         self.given: dict[int, list[int]] = {}
         self.first: dict[int, Tensor] = {}
         for position, slot in self.spare.items():
-            count = position - len(features) - self.steps // 2  # so that the steps lie around the position
+            # So that the steps lie around the position, behind one that is not timed: it tells the device who takes part.
+            count = position - len(features) - self.steps // 2 - 1
             generator = torch.Generator().manual_seed(position)
             self.given[position] = torch.randint(codebook, (count,), generator=generator).tolist()
             self.first[position] = backend.prefill(slot, features, self.given[position])[:codebook].argmax()
 
     @torch.inference_mode()
     def __call__(self, position: int) -> tuple[list[float], Tensor]:
-        """Seconds of each step, and the tokens ``[B, steps + 1]``."""
+        """Seconds of each step, and the tokens ``[B, steps + 2]``."""
         for slot in self.slots:
             self.backend.copy(self.spare[position], slot)
         first = self.first[position].expand(len(self.slots)).clone()
@@ -74,8 +75,7 @@ class Runs:
 
     def _decoded(self, first: Tensor) -> tuple[Marks, list[Tensor]]:
         tokens, marks = [first], Marks(self.backend.device)
-        marks()
-        for _ in range(self.steps):
+        for _ in range(1 + self.steps):
             tokens.append(self.backend.decode(self.slots, tokens[-1])[:, : self.codebook].argmax(-1))
             marks()
         return marks, tokens[1:]
@@ -86,10 +86,9 @@ class Runs:
         assert isinstance(backend, DrawingBackend)
         for slot, token in zip(self.slots, first.tolist(), strict=True):
             length = backend.lengths[slot]  # type: ignore[attr-defined]  # what the copy made it
-            backend.resume([slot], [length], greedy_draw(self.steps + 1), 1, token)
+            backend.resume([slot], [length], greedy_draw(self.steps + 2), 1, token)
         marks = Marks(backend.device)
-        marks()
-        for _ in range(self.steps):
+        for _ in range(1 + self.steps):
             readings.append(backend.decode_and_draw(self.slots))
             marks()
         return marks, [told(reading, self.slots, backend.device) for reading in readings]

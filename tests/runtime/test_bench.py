@@ -256,8 +256,8 @@ def test_a_clip_that_does_not_fit_is_refused(tiny) -> None:
         decode.measure(settings(tokens=(62,)), lambda line: None)
     with pytest.raises(UserError, match="at most 64, this takes 65"):
         step.measure(step.StepSettings(device=CPU, positions=(60,)), lambda line: None)
-    with pytest.raises(UserError, match="need at least 25"):
-        step.StepSettings(device=CPU, positions=(24,))
+    with pytest.raises(UserError, match="need at least 26"):
+        step.StepSettings(device=CPU, positions=(25,))
 
 
 @pytest.mark.parametrize(("backend", "kv"), [("torch", "auto"), ("fused", "auto"), ("fused", "fp8")])
@@ -284,9 +284,9 @@ def test_steps_at_positions(tiny, monkeypatch, backend, kv) -> None:
     assert schema.violation(report, schema.REPORT) is None
     assert [(row["batch"], row["context"]) for row in report["rows"]] == [(1, 8), (1, 40), (3, 8), (3, 40)]
     assert {row["kv"] for row in report["rows"]} == {"fp8" if kv == "fp8" else "fp32"}
-    # Every run passes the same four positions around the one that is asked for, all characters at once.
+    # Every run passes the same four positions around the one that is asked for, behind one more, all characters at once.
     assert {number for number, _ in seen} == {1, 3}
-    assert {at for _, lengths in seen for at in lengths} == {6, 7, 8, 9, 38, 39, 40, 41}
+    assert {at for _, lengths in seen for at in lengths} == {5, 6, 7, 8, 9, 37, 38, 39, 40, 41}
     assert all(len(lengths) == 1 for _, lengths in seen)
     for row in report["rows"]:
         assert row["cost_over_first"] == 1 if row["context"] == 8 else row["cost_over_first"] > 0
