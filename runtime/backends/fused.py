@@ -42,13 +42,14 @@ def packed_step(decoder: MotionDecoder) -> FusedDecoderStep:
 
 
 def kv_scale_of(x: Tensor) -> Tensor:
-    """The scale ``[H]`` in which a slot holds keys or values, from its first ones ``x [H, T, hd]`` fp32 (docs/numerics.md).
+    """The scales ``[..., H]`` in which slots hold keys or values, from their first ones ``x [..., H, T, hd]`` in fp32
+    (docs/numerics.md).
 
-    A power of two, so that dividing by it rounds nothing; the largest number becomes one from 16 to 32, so what follows
+    Powers of two, so that dividing by them rounds nothing; the largest number becomes one from 16 to 32, so what follows
     may be 14 times as large before it is clamped, and what is a thousandth keeps all its digits.
     """
-    exponent = torch.frexp(x.abs().amax((1, 2))).exponent
-    return torch.ldexp(torch.ones_like(x[:, 0, 0]), exponent - 5)
+    exponent = torch.frexp(x.abs().amax((-2, -1))).exponent
+    return torch.ldexp(torch.ones_like(x[..., 0, 0]), exponent - 5)
 
 
 class Drawn:
@@ -124,26 +125,24 @@ class FusedBackend(TorchBackend):
         x = nn.utils.rnn.pad_sequence([torch.cat(both) for both in zip(parts, behind, strict=True)], batch_first=True)
         lengths = [len(text) + len(tokens) for _, text, tokens in rows]
 
+        slots, raw = self._sent([slot for slot, _, _ in rows]), self.slab
+        if self._kv_scale is not None:
+            raw = raw.view(torch.uint8)  # not everything that copies knows float8
+
         def hold(layer: int, k: Tensor, v: Tensor) -> None:
-            for row, (slot, _, _) in enumerate(rows):
-                own = (part[row, : lengths[row]].transpose(0, 1) for part in (k, v))
-                self._hold(layer, slot, *own)
+            # Padding is zeros in every layer, and overwritten before it is seen.
+            for part, x in enumerate((k.transpose(1, 2), v.transpose(1, 2))):
+                if self._kv_scale is not None:
+                    scale = kv_scale_of(x.float())
+                    self._kv_scale[layer, part, slots] = scale
+                    x = (x / scale[..., None, None]).clamp(-LARGEST, LARGEST).to(FLOAT8).view(torch.uint8)
+                raw[part, layer][slots, :, : x.shape[2]] = x
 
         texts = self._sent([len(text) for _, text, _ in rows])
         logits = self._step.prefill(x, texts, self._sent(lengths), hold)
         for (slot, _, _), length in zip(rows, lengths, strict=True):
             self._place(slot, length)
         return logits
-
-    def _hold(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
-        if self._kv_scale is None:
-            super()._hold(layer, slot, k, v)
-            return
-        for part, x in enumerate((k.float(), v.float())):
-            scale = kv_scale_of(x)
-            self._kv_scale[layer, part, slot] = scale
-            codes = (x / scale[:, None, None]).clamp(-LARGEST, LARGEST).to(FLOAT8)
-            self.slab[part, layer, slot, :, : x.shape[1]] = codes
 
     @torch.inference_mode()
     def copy(self, source: int, target: int) -> None:

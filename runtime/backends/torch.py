@@ -51,7 +51,8 @@ class TorchBackend:
         table = decoder.rotary()[None, :length]
         for layer, block in enumerate(decoder.blocks):
             q, k, v = block.project(x, table)
-            self._hold(layer, slot, k[0], v[0])
+            self.slab[0, layer, slot, :, :length] = k[0]
+            self.slab[1, layer, slot, :, :length] = v[0]
             x = x + block.mix(attention(q, k, v, visible))
             x = x + block.mlp(x)
         self.lengths[slot] = length
@@ -63,11 +64,6 @@ class TorchBackend:
                 f"expected 1 to {self.capacity} positions of text and motion, text among them, got {len(text)} of text "
                 f"and {len(tokens)} of motion"
             )
-
-    def _hold(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
-        """Write a slot's first positions, ``k, v [H, T, hd]``."""
-        self.slab[0, layer, slot, :, : k.shape[1]] = k
-        self.slab[1, layer, slot, :, : v.shape[1]] = v
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
