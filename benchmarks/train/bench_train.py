@@ -31,9 +31,11 @@ from kinetok.kernels.cross_entropy import linear_cross_entropy, reference
 from kinetok.model.config import DecoderConfig
 from kinetok.model.presets import decoder_preset
 from kinetok.runtime.bench.machine import machine
+from kinetok.train.data.loading import Steps
 from kinetok.train.feed import Draw
 from kinetok.train.loop import OneProcess
 from kinetok.train.optim import adamw, learning_rate
+from kinetok.train.packing import PackedBatch
 from kinetok.train.recipes import decoder_recipe
 from kinetok.train.scale import Engine, PackedTask
 from kinetok.train.scale_recipes import ScaleRecipe, scale_recipe, step_flop
@@ -99,7 +101,10 @@ def peak_rate(device: torch.device) -> float | None:
 def step_row(
     name: str, config: DecoderConfig, batch: int, engine: Engine, steps: int, device: torch.device, bf16: bool
 ) -> dict[str, Any]:
-    """The whole steps are timed first, without a stop in between; then as many that stop after each part."""
+    """The whole steps are timed first, as a training takes them: prepared ahead by threads, without a stop in between.
+
+    Then as many that stop after each part, the preparation among them.
+    """
     loop = replace(scale_recipe("motionmillion-44m").loop, steps=1000, warmup=10)
     recipe = ScaleRecipe(model=config, loop=loop, batch=batch, bf16=bf16)
     data = SyntheticSequences(codebook=config.codebook, text_dim=config.text_dim)
@@ -116,8 +121,8 @@ def step_row(
         spent[part] += now - last
         last = now
 
-    def step(number: int, told: Callable[[str], None]) -> Draw:
-        draw, batches = task.feed.step(number)
+    def step(number: int, made: Callable[[int], tuple[Draw, list[PackedBatch]]], told: Callable[[str], None]) -> Draw:
+        draw, batches = made(number)
         optimizer.param_groups[0]["lr"] = learning_rate(recipe.loop, number)
         optimizer.zero_grad(set_to_none=True)
         loss = task.passes(draw, batches, told)["loss"]
@@ -128,16 +133,17 @@ def step_row(
         losses.append(loss.detach())
         return draw
 
+    ahead = Steps(task.feed.step, loop.steps)
     for number in range(2):  # makes the optimiser's moments, compiles, warms everything up
-        step(number, lambda part: None)
+        step(number, ahead, lambda part: None)
     reset_peak(device)
     began = clock(device)
-    draws = [step(number, lambda part: None) for number in range(2, steps + 2)]
+    draws = [step(number, ahead, lambda part: None) for number in range(2, steps + 2)]
     total = clock(device) - began
     peak = memory(device, peak=True)
     last = clock(device)
     for number in range(steps + 2, 2 * steps + 2):
-        step(number, told)
+        step(number, task.feed.step, told)
     useful, flop = 0, 0.0
     for draw in draws:
         text = data.text_lengths[draw.captions]
