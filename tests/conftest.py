@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton, which decides then how its kernels run
     os.environ["TRITON_INTERPRET"] = "1"
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+# ``python -m pytest`` puts the current folder first, where transformers would take our bare kernels/ for a package of its own.
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
 SHIPPED = ROOT / "tests" / "golden"
 NOT_SHIPPED = ROOT.parent / "shared" / "reference" / "golden"
 
