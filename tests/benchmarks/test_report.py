@@ -38,7 +38,7 @@ def results(monkeypatch, tmp_path) -> Path:
 
     asked = decode.DecodeSettings(device=CPU, tokens=(30,), batch=(1, 2), text=3, peers=("graph",), note="A note.")
     measured("decode", decode.measure, asked)
-    measured("step", step.measure, step.StepSettings(device=CPU, positions=(8, 40), text=3, repeats=5))
+    measured("step", step.measure, step.StepSettings(device=CPU, positions=(9, 40), text=3, repeats=5))
     alive = live.LiveSettings(device=CPU, seconds=0.4, characters=(1, 2))
     measured("stream", live.stream, alive)
     measured("crowd", live.crowd, alive)
