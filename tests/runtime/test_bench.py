@@ -97,7 +97,7 @@ def test_a_bundle_is_a_peer_too(tmp_path) -> None:
     asked = settings(tokens=(8,), onnx=str(folder))
     found = decode.make("ort", made, asked, 2).run(text, 8, lambda: None)
     assert checks.greedy(made.plain, text, found)["passed"] and len(found.unique()) > 4
-    with pytest.raises(routes.CannotRun, match="of another model"):
+    with pytest.raises(routes.CannotRun, match="made from another model"):
         decode.make("ort", tiny_subject(n_layer=1), asked, 2)
 
 
