@@ -22,7 +22,7 @@ from kinetok.model.streaming import whole_clip_reason
 from kinetok.motion.features import FEATURES, POSITIONS, ROTATIONS, VELOCITIES
 from kinetok.motion.skeleton import JOINT_NAMES, PARENTS
 from kinetok.runtime.backends.torch import TorchBackend
-from kinetok.runtime.bundle import ALIGNMENT, Bundle, file_digest, probe
+from kinetok.runtime.bundle import ALIGNMENT, Bundle, file_digest, only_holds, probe
 from kinetok.runtime.manifest import FORMAT, MANIFEST, VERSION
 from kinetok.runtime.quantize import PROMPTS, compare, failures, trial
 from kinetok.runtime.sampling import TRAINED_SECONDS, SamplingParams
@@ -84,7 +84,7 @@ def export_bundle(
     check_original(model)
     kv_dtype = np.dtype(KV_DTYPES[kv]) if kv is not None else precision.activations
     # float() below acts in place: a decoder that is loaded for exporting is nobody else's.
-    with whole_directory(Path(out), lambda folder: (folder / MANIFEST).is_file(), "a bundle") as folder:
+    with whole_directory(Path(out), lambda folder: only_holds(folder, MANIFEST), "a bundle") as folder:
         manifest = _write(model, folder, precision, kv_dtype, opset, text)
         exact, found = precision.name == "fp32" and kv_dtype == np.float32, dict[str, float]()
         if check or not exact:

@@ -19,7 +19,8 @@ from kinetok.files import whole_directory
 from kinetok.model.bank import MAX_FEATURES
 from kinetok.model.pretrained import ModelBundle
 from kinetok.model.streaming import whole_clip_reason
-from kinetok.runtime.bundle import file_digest, probe
+from kinetok.runtime.backends.tensorrt import COMPILED
+from kinetok.runtime.bundle import file_digest, only_holds, probe
 from kinetok.runtime.engines import ENGINES, FORMAT, VERSION, library, read_engines
 
 BATCHES = (1, 8, 64)
@@ -117,7 +118,9 @@ def export_engines(
         timing=_timings(Path(out), trt) if kind == "tensorrt" else None,
     )
     with (
-        whole_directory(Path(out), lambda folder: (folder / ENGINES).is_file(), "a folder of engines") as folder,
+        whole_directory(
+            Path(out), lambda folder: only_holds(folder, ENGINES, COMPILED), "a folder of engines"
+        ) as folder,
         tempfile.TemporaryDirectory() as scratch,
     ):
         names = write_graphs(model, Path(scratch), precision, length)

@@ -13,7 +13,7 @@ import torch
 from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
-from kinetok.model.tensor_files import natural, possible_shape
+from kinetok.model.tensor_files import natural, parse_json, possible_shape
 from kinetok.runtime.manifest import FILE_NAME, MANIFEST, TENSOR_DTYPES, read_manifest
 from kinetok.runtime.schema import each, real
 
@@ -149,6 +149,16 @@ def check_files(folder: Path, manifest: Mapping[str, Any], source: str) -> None:
                 f"{folder / name}: not the file that was exported (its SHA-256 or size differs from the manifest's): "
                 "export the model again, or fetch an intact copy"
             )
+
+
+def only_holds(folder: Path, source: str, more: str = "") -> bool:
+    """Whether a folder has the manifest ``source`` and besides what that lists, and names that end with ``more``, nothing."""
+    try:
+        listed = parse_json((folder / source).read_bytes(), folder / source).get("files")
+    except (UserError, OSError):
+        return False
+    ours = {source, *listed} if isinstance(listed, dict) else {source}
+    return all(path.name in ours or (more != "" and path.name.endswith(more)) for path in folder.iterdir())
 
 
 def file_digest(path: Path) -> tuple[str, int]:

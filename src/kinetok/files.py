@@ -49,8 +49,15 @@ def whole_directory(out: Path, replaceable: Callable[[Path], bool], kind: str) -
     temporary: Path | None = None
     old: Path | None = None
     try:
-        if out.exists() and not (out.is_dir() and (replaceable(out) or not any(out.iterdir()))):
-            raise UserError(f"cannot write {out}: expected a new folder or {kind}, but it holds other files")
+        if out.exists():
+            if not out.is_dir():
+                raise UserError(f"cannot write {out}: expected a new folder or {kind}, but it is a file: name another")
+            if any(out.iterdir()) and not replaceable(out):
+                raise UserError(
+                    f"cannot write {out}: expected a new folder or {kind}, but it holds other files: name another"
+                )
+            if out.samefile(Path.cwd()):  # which cannot be put in another's place
+                raise UserError(f"cannot write {out}: it is the folder that you are in: name another")
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         yield temporary

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +123,17 @@ def test_a_folder_of_something_else_is_left_alone(refused, model, tmp_path) -> N
             "export", kind, model, "--out", tmp_path, *(["--targets", "sm_86"] if kind != "onnx" else [])
         )
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_export_that_is_stopped_leaves_nothing(kinetok, model, tmp_path, monkeypatch, stop) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("kinetok.export.bundle.golden_cases", lambda *_: os.kill(os.getpid(), stop))
+    try:
+        assert kinetok("export", "onnx", model, "--out", tmp_path / "out", "--no-text").code == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_packages_that_are_absent(generate, bundle, engines, monkeypatch) -> None:

@@ -17,7 +17,9 @@ from kinetok.export.bundle import export_bundle
 from kinetok.export.replay import replay
 from kinetok.model.packed import Quantisation
 from kinetok.runtime.backends import open_backend
-from kinetok.runtime.bundle import read_bundle
+from kinetok.runtime.backends.tensorrt import COMPILED
+from kinetok.runtime.bundle import only_holds, read_bundle
+from kinetok.runtime.engines import ENGINES
 from kinetok.runtime.manifest import MANIFEST
 
 
@@ -229,6 +231,34 @@ def test_a_folder_of_something_else_is_left_alone(model_of, tmp_path) -> None:
     with pytest.raises(UserError, match="other files"):
         export_bundle(model_of(), tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(UserError, match=r"but it is a file: name another"):
+        export_bundle(model_of(), tmp_path / "notes.txt")
+
+
+def test_what_a_user_keeps_beside_a_bundle_is_not_replaced_with_it(copied, model_of) -> None:
+    (copied / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        export_bundle(model_of(), copied)
+    (copied / "notes.txt").unlink()
+    (copied / MANIFEST).write_text("{")  # nothing says what is in it
+    with pytest.raises(UserError, match="holds other files"):
+        export_bundle(model_of(), copied)
+
+
+def test_what_a_gpu_compiled_is_replaced_with_its_engines(tmp_path) -> None:
+    (tmp_path / ENGINES).write_text(json.dumps({"files": {"decode.engine": {}}}))
+    for name in ("decode.engine", f"sm_86.{COMPILED}"):
+        (tmp_path / name).write_bytes(b"")
+    assert only_holds(tmp_path, ENGINES, COMPILED) and not only_holds(tmp_path, ENGINES)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert not only_holds(tmp_path, ENGINES, COMPILED)
+
+
+def test_the_folder_that_one_is_in_is_named_before_any_work(model_of, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (".", tmp_path):
+        with pytest.raises(UserError, match="the folder that you are in: name another"):
+            export_bundle(model_of(), out)
 
 
 def test_a_t5_goes_with_its_tokenizer(model_of, t5_folder, tmp_path) -> None:

@@ -1,5 +1,6 @@
 """``kinetok export`` and ``kinetok verify``."""
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from kinetok.errors import UserError
 MODEL = Annotated[
     str | None, typer.Argument(help="Model directory or hub id; 'default' or nothing: the default model.")
 ]
-OUT = Annotated[Path, typer.Option("-o", "--out", help="Folder to write; an older bundle there is replaced.")]
+OUT = Annotated[Path, typer.Option("-o", "--out", help="Folder to write; an older export there is replaced.")]
 
 export = typer.Typer(help="A model for programs without Python.", no_args_is_help=True)
 
@@ -32,7 +33,7 @@ def onnx(
     out: OUT = Path("bundle"),
     dtype: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4 (weights).")] = "fp32",
     kv: Annotated[str | None, typer.Option(help="Cache: fp32 or fp16; as the activations without.")] = None,
-    opset: Annotated[int, typer.Option(help="ONNX opset: 23, or 18 for older readers.")] = 23,
+    opset: Annotated[int, typer.Option(help="ONNX opset: 23, 24, or 18 for older readers.")] = 23,
     text: Annotated[bool, typer.Option(help="With the text encoder; a bundle without takes banked prompts.")] = True,
     force: Annotated[
         bool, typer.Option("--force", help="Write a bundle that is too far from the model all the same.")
@@ -47,6 +48,7 @@ def onnx(
     from kinetok.model.pretrained import load_pretrained
     from kinetok.runtime.manifest import read_manifest
 
+    _stop_like_ctrl_c()
     began = time.perf_counter()
     bundle = load_pretrained(None if model == "default" else model, "cpu", "float32")
     _few_threads(sum(value.numel() for value in bundle.decoder.parameters()))
@@ -105,6 +107,7 @@ def _engines(
         sizes = [int(part) for part in batches.split(",")]
     except ValueError as error:
         raise UserError(f"--batches: expected numbers such as 1,8,64, got {batches!r}") from error
+    _stop_like_ctrl_c()
     began = time.perf_counter()
     loaded = load_pretrained(None if model == "default" else model, "cpu", "float32")
     names = [part.strip() for part in targets.split(",") if part.strip()]
@@ -155,6 +158,11 @@ def verify(
     if report.divergence is not None:
         print(f"first divergence: {report.divergence.name}: {report.divergence.text}")
     sys.exit(0 if report.passed else 1)
+
+
+def _stop_like_ctrl_c() -> None:
+    """Who ends an export of gigabytes with SIGTERM finds none of them left beside ``--out``."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _few_threads(parameters: int) -> None:
