@@ -21,6 +21,7 @@ from kinetok.model.pretrained import ModelBundle
 from kinetok.model.streaming import whole_clip_reason
 from kinetok.motion.features import FEATURES, POSITIONS, ROTATIONS, VELOCITIES
 from kinetok.motion.skeleton import JOINT_NAMES, PARENTS
+from kinetok.runtime.backends.onnx import OnnxBackend, runtime_library
 from kinetok.runtime.backends.torch import TorchBackend
 from kinetok.runtime.bundle import ALIGNMENT, Bundle, file_digest, only_holds, probe
 from kinetok.runtime.manifest import FORMAT, MANIFEST, VERSION
@@ -83,10 +84,12 @@ def export_bundle(
         raise UserError(f"opset: expected one of {', '.join(map(str, OPSETS))}, got {opset}")
     check_original(model)
     kv_dtype = np.dtype(KV_DTYPES[kv]) if kv is not None else precision.activations
-    # float() below acts in place: a decoder that is loaded for exporting is nobody else's.
+    exact = precision.name == "fp32" and kv_dtype == np.float32
+    if check or not exact:
+        runtime_library()  # said now, not after a model of billions has been written
     with whole_directory(Path(out), lambda folder: only_holds(folder, MANIFEST), "a bundle") as folder:
         manifest = _write(model, folder, precision, kv_dtype, opset, text)
-        exact, found = precision.name == "fp32" and kv_dtype == np.float32, dict[str, float]()
+        found: dict[str, float] = {}
         if check or not exact:
             from kinetok.export.replay import deviation, judge, run
 
@@ -114,8 +117,6 @@ def export_bundle(
 
 def _agreement(model: ModelBundle, bundle: Bundle) -> dict[str, Any]:
     """What the bundle's graphs change, against the model as it was loaded."""
-    from kinetok.runtime.backends.onnx import OnnxBackend
-
     parameters = sum(value.numel() for value in model.decoder.parameters())
     # A model of billions takes a second a token on a CPU.
     texts, count = trial(model, max(2, min(PROMPTS, 2 * 10**9 // parameters)))

@@ -26,6 +26,15 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _ELEMENTS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
+def runtime_library() -> Any:
+    """The module onnxruntime. ``UserError`` where it is absent."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing_package("onnxruntime", "onnx", "running a bundle") from error
+    return onnxruntime
+
+
 def open_session(bundle: Bundle, graph: str, device: torch.device, threads: int | None = None) -> Any:
     """A session of one of the bundle's graphs on the CPU or a GPU; threads None takes torch's number.
 
@@ -51,10 +60,7 @@ def _session(
     model: str | bytes, name: str, device: torch.device, threads: int | None, weights: Mapping[str, np.ndarray]
 ) -> Any:
     """A session of a graph's file or bytes. weights: what the graph refers to and does not hold; read here, not kept."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise missing_package("onnxruntime", "onnx", "running a bundle") from error
+    onnxruntime = runtime_library()
     onnxruntime.disable_telemetry_events()  # what a user runs is nobody else's business
     provider = PROVIDERS[device.type]
     present = onnxruntime.get_available_providers()

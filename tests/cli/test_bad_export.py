@@ -136,6 +136,13 @@ def test_an_export_that_is_stopped_leaves_nothing(kinetok, model, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checker_that_is_absent_is_named_before_anything_is_written(refused, model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr("kinetok.export.bundle._write", lambda *_: pytest.fail("it was begun"))
+    assert "pip install 'kinetok[onnx]'" in refused("export", "onnx", model, "--out", tmp_path / "out", "--no-text")
+    assert not list(tmp_path.iterdir())
+
+
 def test_packages_that_are_absent(generate, bundle, engines, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "pip install 'kinetok[onnx]'" in generate(f"onnx:{bundle}")
