@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from kinetok.errors import UserError
 from kinetok.runtime.backends import Reading
 from kinetok.runtime.sampling import SamplingParams
 
@@ -21,6 +22,7 @@ class Job:
     (``SamplingParams.resolve``). least, most: tokens of the clip in all. request: with the seed, the name of the draws.
     window: most motion tokens in the cache; when they are that many, the text and the last ``keep`` of them
     (``Character.kept``) are prefilled anew. deadline: ``time.monotonic()`` after which it is given up.
+    Raises ``UserError`` for a request that is no number of 32 bits: found out in a step, it would end that of everyone.
     """
 
     text: Tensor
@@ -32,6 +34,10 @@ class Job:
     window: int
     keep: int
     deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.request) is not int or not 0 <= self.request < 1 << 32:
+            raise UserError(f"request: expected a whole number from 0 to {(1 << 32) - 1}, got {self.request!r}")
 
     @property
     def texts(self) -> list[Tensor]:

@@ -74,8 +74,6 @@ class Crowd:
     def __init__(
         self, model: ModelBundle, backend: str, characters: int, positions: int, queue: int, kv: str = "auto"
     ) -> None:
-        if characters < 1 or queue < 1:
-            raise UserError(f"expected at least one character and a queue of at least one, got {characters}, {queue}")
         slots = 2 * characters
         self.model = model
         device = model.tokenizer.decoder.last.weight.device

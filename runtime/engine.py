@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from kinetok.model.packed import pack_in_place, parameter_count, unpack_in_place
 from kinetok.model.pretrained import ModelBundle, choose_device, load_pretrained, weight_bytes
 from kinetok.model.text import check_prompt
 from kinetok.motion import Motion
-from kinetok.runtime.backends import open_backend
+from kinetok.runtime.backends import check_backend, open_backend
 from kinetok.runtime.backends.auto import Chosen, choose_backend
 from kinetok.runtime.character import Job
 from kinetok.runtime.crowd import Crowd, Update
@@ -68,6 +68,7 @@ class Engine:
     (twice as many without guidance); positions: of text and motion a character or a clip may need, the model's own limit by
     default; queue: how many may wait. A crowd's memory is taken, all of it, by the first
     ``submit``. ``timings`` holds the seconds that each stage of the last ``generate`` took: text, decode, detokenize, motion.
+    Raises ``UserError`` for limits that no model has, and for a backend or kv that this one cannot have.
     """
 
     def __init__(
@@ -80,11 +81,21 @@ class Engine:
         positions: int | None = None,
         queue: int = 64,
     ) -> None:
+        most = model.decoder.config.block_size
+        positions = most if positions is None else positions
+        for name, value, high in (
+            ("characters", characters, 2**31),
+            ("positions", positions, most),
+            ("queue", queue, 2**31),
+        ):
+            if type(value) is not int or not 1 <= value <= high:
+                raise UserError(f"{name}: expected a whole number from 1 to {high}, got {value!r}")
         self.model = model
         chosen = choose_backend(model.decoder) if backend == "auto" else Chosen(backend, "asked for")
         self.backend, self.backend_reason = chosen
+        check_backend(self.backend, model, kv)
         self.characters, self.queue, self.kv = characters, queue, kv
-        self.positions = positions or model.decoder.config.block_size
+        self.positions = positions
         bank = PromptBank.load(model.bank) if model.bank is not None else None
         self.text = BankedEncoder(bank, model.text_encoder, model.decoder.config.text_dim)
         self.timings: dict[str, float] = {}
@@ -117,6 +128,8 @@ class Engine:
         chosen = self._params(params, keywords)
         if chosen.seconds == math.inf:
             raise UserError("seconds: a clip ends; use stream for one that does not")
+        if not isinstance(prompts, str | Iterable):
+            raise UserError(f"expected a sentence, or several, got {type(prompts).__name__}")
         texts = [check_prompt(text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
         self.timings = {}
         return [self._clip(text, request, chosen, progress) for request, text in enumerate(texts)]
@@ -179,7 +192,8 @@ class Engine:
         """
         crowd = self._start()
         chosen, text = self._params(params, keywords), check_prompt(prompt)
-        if deadline is not None and not (math.isfinite(deadline) and deadline > 0):
+        number = isinstance(deadline, int | float) and not isinstance(deadline, bool)
+        if deadline is not None and not (number and math.isfinite(deadline) and deadline > 0):
             raise UserError(f"deadline: expected seconds from now, more than 0, got {deadline!r}")
         limit = None if deadline is None else time.monotonic() + deadline
         return crowd.submit(self._job(text, chosen, request, deadline=limit), text)

@@ -25,19 +25,28 @@ class Stream(Iterator[Motion]):
         carry: int,
     ) -> None:
         self._crowd, self._release, self._redirected, self._carry = crowd, release, redirected, carry
-        self._handle: int | None = None
+        self._open: list[int] = []  # its handle, until it is over: whoever takes it out gives the crowd back, once
         try:
-            self._handle = crowd.submit(job, text)
+            self._open.append(crowd.submit(job, text))
         except UserError:
             release(crowd)
             raise
 
+    @property
+    def _handle(self) -> int | None:
+        return next(iter(self._open), None)
+
     def __next__(self) -> Motion:
-        while self._handle is not None:
-            self._crowd.step()
-            update = self._crowd.poll(self._handle)
+        while (handle := self._handle) is not None:
+            try:
+                self._crowd.step()
+                update = self._crowd.poll(handle)
+            except UserError:
+                if self._handle is not None:
+                    raise
+                break  # closed meanwhile, by another thread or a signal handler
             if update.over:
-                self._over()
+                self._over(lambda _: None)
                 if update.error is not None:
                     raise UserError(update.error)
             if update.motion is not None:
@@ -46,19 +55,22 @@ class Stream(Iterator[Motion]):
 
     def redirect(self, prompt: str) -> None:
         """Another prompt from the next token on; the pose goes on. Raises ``UserError`` when the stream is over."""
-        if self._handle is None:
+        handle = self._handle
+        if handle is None:
             raise UserError("this stream is over: start another one")
-        job = self._redirected(prompt, self._crowd.written(self._handle))
-        self._crowd.redirect(self._handle, job, self._carry, prompt)
+        job = self._redirected(prompt, self._crowd.written(handle))
+        self._crowd.redirect(handle, job, self._carry, prompt)
 
     def close(self) -> None:
-        """Stop; nothing more comes."""
-        if self._handle is not None:
-            self._crowd.cancel(self._handle)
-            self._over()
+        """Stop; nothing more comes. From any thread, from a signal handler, as often as one likes."""
+        self._over(self._crowd.cancel)
 
-    def _over(self) -> None:
-        self._handle = None
+    def _over(self, end: Callable[[int], None]) -> None:
+        try:
+            handle = self._open.pop()
+        except IndexError:
+            return
+        end(handle)
         self._release(self._crowd)
 
     def __enter__(self) -> "Stream":

@@ -135,13 +135,9 @@ def _tensorrt(model: ModelBundle, slots: int, capacity: int, folder: str) -> Bac
 BACKENDS: dict[str, Callable[..., Any]] = {"torch": _torch, "fused": _fused, "onnx": _onnx, "tensorrt": _tensorrt}
 
 
-def open_backend(name: str, model: ModelBundle, slots: int, capacity: int, kv: str = "auto") -> Backend:
-    """The backend of that name for ``model``: "torch", "fused", "onnx", "onnx:DIR" with a bundle of the same model, or
-    "tensorrt:DIR" with engines of it.
-
-    kv as in ``kinetok.runtime.Engine``. Raises ``UserError`` for an unknown name, or where it cannot run.
-    """
-    kind, _, folder = name.partition(":")
+def check_backend(name: str, model: ModelBundle, kv: str = "auto") -> None:
+    """Raise ``UserError`` for a backend that does not exist, or keys and values that it cannot keep of ``model``."""
+    kind, _, folder = name.partition(":") if isinstance(name, str) else ("", "", "")
     if kind not in BACKENDS or (folder and kind not in ("onnx", "tensorrt")):
         raise UserError(f"backend: expected one of auto, torch, fused, onnx, onnx:DIR, tensorrt:DIR, got {name!r}")
     dtype = {value: name for name, value in FLOATS.items()}.get(model.decoder.embed.weight.dtype)
@@ -151,6 +147,16 @@ def open_backend(name: str, model: ModelBundle, slots: int, capacity: int, kv: s
         raise UserError(
             f"kv: fp8 is for the backend fused alone, and this is {name}; use kv auto, or the backend fused"
         )
+
+
+def open_backend(name: str, model: ModelBundle, slots: int, capacity: int, kv: str = "auto") -> Backend:
+    """The backend of that name for ``model``: "torch", "fused", "onnx", "onnx:DIR" with a bundle of the same model, or
+    "tensorrt:DIR" with engines of it.
+
+    kv as in ``kinetok.runtime.Engine``. Raises ``UserError`` for what ``check_backend`` refuses, or where it cannot run.
+    """
+    check_backend(name, model, kv)
+    kind, _, folder = name.partition(":")
     own: dict[str, dict[str, Any]] = {
         "onnx": {"folder": folder},
         "tensorrt": {"folder": folder},

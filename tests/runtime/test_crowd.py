@@ -129,6 +129,9 @@ def test_bad_wishes(soak) -> None:
     for wish, says in (
         ({"deadline": -1.0}, "deadline"),
         ({"deadline": float("nan")}, "deadline"),
+        ({"deadline": "soon"}, "deadline"),
+        ({"deadline": True}, "deadline"),
+        *(({"request": bad}, "request") for bad in (-1, 2**32, 1.0, "one", True, None)),
         ({"seconds": 9.0}, "room"),
         ({"speed": 1}, "speed"),
     ):
@@ -138,9 +141,28 @@ def test_bad_wishes(soak) -> None:
         engine.submit("word " * 50)
     with pytest.raises(UserError, match="use stream"):
         engine.generate("walk", seconds=float("inf"))
-    for limits in ({"characters": 0}, {"queue": 0}, {"positions": 181}, {"backend": "abacus"}):
-        with pytest.raises(UserError):
-            soak.small_engine(**limits).submit("walk")
+    with pytest.raises(UserError, match="got NoneType"):
+        engine.generate(None)
+    handle = engine.submit("walk", seconds=0.2)
+    with pytest.raises(UserError, match="request"):
+        engine.fork(handle, request=-1)
+    assert len(read(engine, handle)[0]) == 6  # nobody has to live with what was refused
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("characters", (0, -1, 2.5, True)),
+        ("queue", (0, "many")),
+        ("positions", (0, -5, 181, "all")),
+        ("backend", ("abacus", "", "torch:here", None)),
+        ("kv", ("bf16", "fp8", None)),
+    ],
+)
+def test_bad_limits_are_refused_at_once(soak, name: str, values: tuple) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=f"^{name}: "):
+            soak.small_engine(**{name: value})
 
 
 def test_frames_that_are_no_numbers_end_their_character_alone(soak) -> None:

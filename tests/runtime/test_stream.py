@@ -1,5 +1,8 @@
 """Streams of the default model: generate's frames, as they come; new prompts; the end."""
 
+import sys
+import threading
+
 import numpy as np
 import pytest
 
@@ -80,3 +83,48 @@ def test_a_stream_that_is_over_leaves_its_place_to_the_next(soak) -> None:
     assert crowds < {id(stream._crowd) for stream in later}
     for stream in later:
         np.testing.assert_allclose(frames(stream, 15), clip, atol=2e-6)
+
+
+def test_a_stream_is_closed_from_other_threads_while_one_reads(soak) -> None:
+    engine, raised = soak.small_engine(), []
+
+    def caught(call) -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(10):
+            stream = engine.stream("walk", seconds=float("inf"))
+            next(stream)
+            reader = threading.Thread(target=caught, args=(lambda stream=stream: list(stream),))
+            closers = [threading.Thread(target=caught, args=(stream.close,)) for _ in range(4)]
+            for thread in (reader, *closers):
+                thread.start()
+            for thread in (reader, *closers):
+                thread.join(60)
+                assert not thread.is_alive()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not raised and len(engine._stages) == len(set(map(id, engine._stages))) == 1  # given back once each time
+
+
+def test_a_stream_that_is_closed_in_the_middle_of_a_block_ends(soak) -> None:
+    engine = soak.small_engine()
+    stream = engine.stream("walk", seconds=float("inf"))
+    decode = stream._crowd.scheduler.backend.decode
+
+    def signalled(slots, tokens):
+        stream.close()  # as a signal handler would
+        return decode(slots, tokens)
+
+    next(stream)
+    stream._crowd.scheduler.backend.decode = signalled
+    assert next(stream, None) is None
+    stream._crowd.scheduler.backend.decode = decode
+    clip = engine.generate("sit", seconds=0.4)[0].features
+    frames = np.concatenate([block.features for block in engine.stream("sit", seconds=0.4)])
+    np.testing.assert_allclose(frames, clip, atol=2e-6)
