@@ -48,7 +48,7 @@ class Draw:
 def stored_decoder(decoder: MotionDecoder, precision: Precision) -> MotionDecoder:
     """The decoder in fp32 with its weights as a bundle of this precision stores them."""
     if precision.name == "fp32":
-        return decoder.float()
+        return decoder.float()  # in place: one that is loaded for exporting is nobody else's
     result = copy.deepcopy(decoder).float()
 
     def rounded(weight: Tensor, bits: int) -> Tensor:
