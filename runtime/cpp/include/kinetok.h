@@ -83,7 +83,7 @@ typedef struct kt_model_options {
   const char *provider;  /* ONNX Runtime's execution provider: "NAME" or "NAME:key=value,key=value"; NULL: "cpu" */
   const char *onnxruntime; /* its library; NULL: $KINETOK_ONNXRUNTIME, then the system's search path */
   /* All memory but names and tables (tens of kB) and what ONNX Runtime takes itself; NULL: the C++ heap. Aligned to `alignment`,
-   * a power of two. Called in kt_model_open alone; release also in kt_model_close. */
+   * a power of two. Called in kt_model_open alone; release also in kt_model_close. Neither may throw. */
   void *(*allocate)(void *context, size_t bytes, size_t alignment);
   void (*release)(void *context, void *memory, size_t bytes);
   void *context;
@@ -114,7 +114,7 @@ typedef struct kt_character_options {
 
 typedef struct kt_prompt_source { /* exactly one of the three */
   uint32_t size, abi;
-  const char *text;      /* a sentence, if not NULL; copied */
+  const char *text;      /* a sentence of at most 4000 bytes, if not NULL; copied */
   const float *features; /* [rows, text_dim], if not NULL; copied */
   uint32_t rows;
   uint32_t banked;       /* an id of the bank + 1, if not 0 */
@@ -183,7 +183,8 @@ KT_API kt_status kt_prompt(kt_character character, const kt_prompt_source *promp
  * 0: only takes. KT_UNLIMITED: until nobody can go on, the worker awaited.
  * report may be NULL. A character that fails says so in its state; the step is still KT_OK. */
 KT_API kt_status kt_step(kt_model model, uint32_t budget_us, kt_step_report *report) KT_NOEXCEPT;
-/* Up to `frames` unread frames into buffer, which holds `floats` numbers; *read is how many. */
+/* Up to `frames` unread frames into buffer, which holds `floats` numbers; *read is how many. KT_ERROR_STATE where the character
+ * has failed and nothing is left to read. */
 KT_API kt_status kt_read_frames(kt_character character, uint32_t layout, float *buffer, size_t floats, uint32_t frames,
                                 uint32_t *read) KT_NOEXCEPT;
 KT_API kt_status kt_frame_floats(kt_model model, uint32_t layout, uint32_t *floats) KT_NOEXCEPT;

@@ -126,8 +126,9 @@ template <typename T>
 void check_head(const T* given, const char* name) {
   needs(given, name);
   if (given->abi != KT_ABI_VERSION) throw Error(KT_ERROR_VERSION, "%s.abi: expected KT_ABI_VERSION %d, got %u: compile against this library's kinetok.h", name, KT_ABI_VERSION, given->abi);
-  if (given->size < 2 * sizeof(uint32_t) || given->size > sizeof(T))
-    throw Error(KT_ERROR_VERSION, "%s.size: expected 8 to %zu, got %u: set it to sizeof, and use a library no older than its header", name, sizeof(T), given->size);
+  // Every header's structure ends where its alignment does; any other size would cut an address in two.
+  if (given->size < 2 * sizeof(uint32_t) || given->size > sizeof(T) || given->size % alignof(T))
+    throw Error(KT_ERROR_VERSION, "%s.size: expected 8 to %zu in steps of %zu, got %u: set it to sizeof, and use a library no older than its header", name, sizeof(T), alignof(T), given->size);
 }
 
 template <typename T>

@@ -35,7 +35,8 @@ Handle open(const std::string& path) {
 // Names of files come from the manifest: none may lead out of the folder.
 bool plain_name(const std::string& name) {
   if (name.empty() || name.size() > 100 || name[0] == '.') return false;
-  return std::all_of(name.begin(), name.end(), [](unsigned char c) { return c < 128 && (std::isalnum(c) || std::strchr("._-", c)); });
+  // A null byte counts for strchr as one of the three, and cuts a path short.
+  return std::all_of(name.begin(), name.end(), [](unsigned char c) { return c && c < 128 && (std::isalnum(c) || std::strchr("._-", c)); });
 }
 
 std::string name_of(const Json& value, const char* what) {
@@ -194,7 +195,6 @@ void Bundle::read_graphs(const Json& root) {
     if (!has_graph(needed)) throw Error(KT_ERROR_BUNDLE, "this bundle has no graph %s; export it again", needed);
   const std::pair<const char*, const char*> weights[] = {{"prefill", "weights.bin"},
                                                          {"decode", "weights.bin"},
-                                                         {"detokenize", "detokenizer.bin"},
                                                          {"detokenize_stream", "detokenizer.bin"},
                                                          {"detokenize_ahead", "detokenizer.bin"},
                                                          {"text_encoder", "text_encoder.bin"}};

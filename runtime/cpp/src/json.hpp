@@ -17,7 +17,6 @@ class Json {
 
   static Json parse(std::string_view text);
 
-  Type type() const { return type_; }
   bool is_null() const { return type_ == Type::null; }
   // Each throws, naming `what`, where the value is of another type or out of range.
   const std::string& string(const char* what) const;

@@ -414,6 +414,8 @@ kt_step_report Model::step(uint32_t budget_us) {
 uint32_t Model::read(uint32_t index, uint32_t layout, float* buffer, uint32_t frames) {
   Character& c = characters_[index];
   const uint32_t count = std::min(frames, c.unread());
+  // Who only reads would wait for ever.
+  if (frames && !count && c.state == KT_FAILED) throw Error(KT_ERROR_STATE, "this character has failed (%s): kt_cancel it before another prompt", c.error);
   for (uint32_t i = 0; i < count; ++i) {
     const float* frame = c.frame(0);
     c.walk.step(frame, bundle_);

@@ -1,5 +1,6 @@
 // The C border misused: every mistake is a status, and the model goes on.
 #include <cmath>
+#include <cstddef>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -82,14 +83,23 @@ TEST(another_abi_is_refused) {
     info.size = size;
     CHECK_STATUS(KT_ERROR_VERSION, kt_model_query(host.model, &info));
   }
+  // No header ends within an address: half of one would be followed.
+  auto source = sized<kt_prompt_source>();
+  source.text = "text";
+  source.size = 12;
+  CHECK_STATUS(KT_ERROR_VERSION, kt_prompt(host.create(), &source));
   info = sized<kt_model_info>();
   info.size = 16;  // an older header's: what it does not know stays untouched
   info.frame_rate = 12345;
   CHECK_STATUS(KT_OK, kt_model_query(host.model, &info));
   CHECK(info.joints == 22 && info.features == 272 && info.frame_rate == 12345);
   auto options = sized<kt_model_options>();
-  options.abi = 0;
   kt_model model = 0;
+  options.provider = "cpu";
+  options.size = offsetof(kt_model_options, provider) + 4;
+  CHECK_STATUS(KT_ERROR_VERSION, kt_model_open(bundle_folder.c_str(), &options, &model));
+  options = sized<kt_model_options>();
+  options.abi = 0;
   CHECK_STATUS(KT_ERROR_VERSION, kt_model_open(bundle_folder.c_str(), &options, &model));
   CHECK(kt_version() == 100 && model == 0);
 }
@@ -117,6 +127,94 @@ TEST(impossible_options_are_refused) {
         }) == KT_ERROR_MEMORY);
 }
 
+// Counts what is out, and is called from inside kt_model_open and kt_model_close.
+struct Allocator {
+  explicit Allocator(uint32_t pieces, kt_model other_ = 0) : left(pieces), other(other_) {
+    options.characters = 1;
+    options.flags = KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES;
+    options.context = this;
+    options.allocate = [](void* context, size_t bytes, size_t alignment) -> void* {
+      auto* const self = static_cast<Allocator*>(context);
+      if (self->other && kt_step(self->other, 0, nullptr) != KT_OK) ++self->refused;
+      if (!self->left) return nullptr;
+      --self->left, ++self->out;
+      return std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    };
+    options.release = [](void* context, void* memory, size_t) {
+      auto* const self = static_cast<Allocator*>(context);
+      if (self->own && (kt_step(self->own, 0, nullptr) != KT_ERROR_HANDLE || kt_model_close(self->own) != KT_ERROR_HANDLE)) ++self->refused;
+      --self->out;
+      std::free(memory);
+    };
+  }
+  kt_model_options options = sized<kt_model_options>();
+  uint32_t left, out = 0, refused = 0;
+  kt_model other, own = 0;
+};
+
+TEST(memory_that_runs_out_is_given_back) {
+  for (const uint32_t pieces : {0u, 1u, 4u, 9u, 16u}) {
+    Allocator few(pieces);
+    CHECK_STATUS(KT_ERROR_MEMORY, kt_model_open(bundle_folder.c_str(), &few.options, &few.own));
+    CHECK(few.out == 0 && few.own == 0);
+  }
+}
+
+TEST(an_allocator_may_call_the_library) {
+  const Host host(1);
+  Allocator calling(UINT32_MAX, host.model);
+  CHECK_STATUS(KT_OK, kt_model_open(bundle_folder.c_str(), &calling.options, &calling.own));
+  CHECK_STATUS(KT_OK, kt_model_close(calling.own));
+  CHECK(calling.refused == 0 && calling.out == 0);
+}
+
+TEST(buffers_too_small_are_refused) {
+  const Host host(1);
+  const kt_character c = host.create();
+  host.prompt(c, 1);
+  host.run();
+  float small[90] = {};
+  uint32_t read = 7;
+  for (const uint32_t frames : {1u, 1000u, UINT32_MAX}) CHECK_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, KT_LAYOUT_GLTF, small, 90, frames, &read));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, KT_LAYOUT_FEATURES, small, 90, 1, &read));
+  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, 4, small, 90, 0, &read));
+  CHECK(read == 7 && host.query(c).unread_frames == 16);
+  CHECK_STATUS(KT_OK, kt_read_frames(c, KT_LAYOUT_GLTF, nullptr, 0, 0, &read));
+  CHECK(read == 0);
+  int32_t two[2] = {};
+  CHECK_STATUS(KT_OK, kt_read_tokens(c, two, 2, &read));  // the newest
+  CHECK(read == 2 && two[0] == host.tokens(c)[6] && two[1] == host.tokens(c)[7]);
+}
+
+TEST(a_character_that_fails_says_why) {
+  const fs::path copy = fs::path(scratch_folder) / "nan";
+  fs::remove_all(copy);
+  fs::create_directories(copy);
+  for (const auto& entry : fs::directory_iterator(bundle_folder))
+    if (entry.path().filename() != "weights.bin") fs::copy_file(entry.path(), copy / entry.path().filename());
+  {
+    std::ofstream file(copy / "weights.bin", std::ios::binary);
+    file << std::string(fs::file_size(fs::path(bundle_folder) / "weights.bin"), '\xff');  // NaN
+  }
+  for (const uint32_t flags : {0u, uint32_t{KT_OPEN_INLINE}}) {
+    const Host host(1, KT_OPEN_NO_TEXT | flags, 0, copy.string());
+    const kt_character c = host.create();
+    host.prompt(c, 1);
+    CHECK(host.run().tokens == 0 && host.query(c).state == KT_FAILED);
+    CHECK(std::string(host.query(c).error).find("finite logits") != std::string::npos);
+    float pose[91];
+    uint32_t read = 7;
+    CHECK_STATUS(KT_ERROR_STATE, kt_read_frames(c, KT_LAYOUT_GLTF, pose, 91, 1, &read));
+    CHECK(read == 7 && std::string(kt_last_error()).find("finite logits") != std::string::npos);
+    auto source = sized<kt_prompt_source>();
+    source.banked = 1;
+    CHECK_STATUS(KT_ERROR_STATE, kt_prompt(c, &source));
+    CHECK_STATUS(KT_OK, kt_cancel(c));
+    CHECK_STATUS(KT_OK, kt_prompt(c, &source));
+  }
+  fs::remove_all(copy);
+}
+
 TEST(damaged_bundles_are_refused) {
   const fs::path copy = fs::path(scratch_folder) / "damaged";
   const auto open = [&](uint32_t flags = KT_OPEN_NO_TEXT) {
@@ -138,6 +236,12 @@ TEST(damaged_bundles_are_refused) {
   fresh();
   CHECK_STATUS(KT_OK, open());
   CHECK_STATUS(KT_ERROR_BUNDLE, open(0));  // without the text encoder's weights
+  for (const char* file : {"prefill.onnx", "decode.onnx", "detokenize_stream.onnx", "weights.bin", "detokenizer.bin", "bank.bin"}) {
+    fs::rename(copy / file, copy / "away");
+    CHECK_STATUS(KT_ERROR_BUNDLE, open(KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES));
+    CHECK(std::string(kt_last_error()).find(file) != std::string::npos);
+    fs::rename(copy / "away", copy / file);
+  }
   fs::resize_file(copy / "weights.bin", fs::file_size(copy / "weights.bin") - 1);
   CHECK_STATUS(KT_ERROR_BUNDLE, open());
   fresh();

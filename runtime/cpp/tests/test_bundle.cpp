@@ -47,6 +47,7 @@ TEST(impossible_manifests_are_refused) {
       {"\"kv_dtype\": \"float32\"", "\"kv_dtype\": \"bfloat16\""},
       {"\"frames_per_token\": 2", "\"frames_per_token\": 0"},
       {"\"prefill.onnx\"", "\"../prefill.onnx\""},
+      {"\"prefill.onnx\"", "\"prefill.onnx\\u0000\""},
       {"\"file\": \"bank.bin\"", "\"file\": \"/etc/passwd\""},
       {"\"row\": 3,", "\"row\": 99999999,"},
       {"\"top_p\": 0.95", "\"top_p\": 2"},

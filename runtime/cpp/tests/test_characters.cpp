@@ -92,20 +92,23 @@ TEST(a_clip_ends_and_goes_on_with_another_prompt) {
 
 TEST(a_twin_with_the_same_draws_moves_alike) {
   for (const uint32_t flags : {0u, uint32_t{KT_OPEN_INLINE}}) {
-    const Host host(3, KT_OPEN_NO_TEXT | flags, 20);
+    const Host host(4, KT_OPEN_NO_TEXT | flags, 20);
     kt_character_options how = host.defaults();
     how.seconds = INFINITY;
     how.seed = 9;
     const kt_character c = host.create(&how);
     host.prompt(c, 1);
     host.run();
-    kt_character same = 0, other = 0;
+    kt_character same = 0, other = 0, grandchild = 0, none = 0;
     CHECK_STATUS(KT_OK, kt_fork(c, 9, 0, &same));
+    CHECK_STATUS(KT_OK, kt_fork(same, 9, 0, &grandchild));
     CHECK_STATUS(KT_OK, kt_fork(c, 10, 0, &other));
     CHECK(host.query(same).unread_frames == 0 && host.tokens(same) == host.tokens(c));
+    CHECK_STATUS(KT_ERROR_FULL, kt_fork(c, 1, 0, &none));
     const auto before = host.frames(c, KT_LAYOUT_GLTF);
     host.run();
     CHECK(host.tokens(same) == host.tokens(c) && host.tokens(other) != host.tokens(c));
+    CHECK(host.tokens(grandchild) == host.tokens(c));
     const auto one = host.frames(c, KT_LAYOUT_GLTF), two = host.frames(same, KT_LAYOUT_GLTF);
     CHECK(one.size() == two.size() && before.size() == one.size());
     for (size_t i = 0; i < one.size(); ++i) CHECK(std::fabs(one[i] - two[i]) < 1e-3f);
