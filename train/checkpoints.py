@@ -45,6 +45,32 @@ def damage(path: Path) -> str | None:
     return f"bad checksum of {bad}" if bad else None
 
 
+class Damaged(Exception):
+    """Why a file of ``torch.save`` cannot be used, in one line."""
+
+
+def load_whole(path: Path, *, mmap: bool = False) -> Any:
+    """What ``save_whole`` wrote. Raises ``Damaged`` where that is not there, cut, changed, or something else."""
+    problem = damage(path)
+    if problem is not None:
+        raise Damaged(problem)
+    try:
+        return torch.load(path, weights_only=True, mmap=mmap)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise Damaged(" ".join(str(error).split())[:200]) from error
+
+
+def load_best(path: Path, *, mmap: bool = False) -> Mapping[str, Any]:
+    """The weights that a run chose: {"model", "step", "figures"}. ``UserError`` where they are damaged or gone."""
+    try:
+        state = load_whole(path, mmap=mmap)
+    except Damaged as error:
+        raise UserError(
+            f"{path}: expected the weights of this run, but they are damaged or gone ({error}); name another folder with --out"
+        ) from error
+    return state
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """A whole checkpoint: where it is, the identity of its run, and what it holds (in one process) or how to load it."""
@@ -86,18 +112,15 @@ class FileCheckpoints:
         for path in (self.run / LAST, self.run / PREVIOUS):
             if not path.exists():
                 continue
-            problem = damage(path)
-            if problem is None:
-                try:
-                    state = torch.load(path, weights_only=True)
-                    found = Found(path, state["identity"], int(state["step"]), state)
-                except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-                    problem = " ".join(str(error).split())[:200]
-            if problem is None:
-                for line in problems:
-                    told(f"{line}; going on from {path.name}, step {found.step}")
-                return found
-            problems.append(f"{path} is damaged ({problem})")
+            try:
+                state = load_whole(path)
+                found = Found(path, state["identity"], int(state["step"]), state)
+            except (Damaged, KeyError, TypeError, ValueError) as error:
+                problems.append(f"{path} is damaged ({error})")
+                continue
+            for line in problems:
+                told(f"{line}; going on from {path.name}, step {found.step}")
+            return found
         if problems:
             raise UserError(f"{'; '.join(problems)}: no whole checkpoint is left; name another folder with --out")
         return None

@@ -18,8 +18,10 @@ from kinetok.model.decoder import MotionDecoder
 from kinetok.model.pretrained import BANK, save_pretrained
 from kinetok.model.text_minilm import MiniLM
 from kinetok.model.tokenizer import MotionTokenizer
+from kinetok.motion.features import FEATURES
 from kinetok.motion.skeleton import CANONICAL_OFFSETS, FPS
 from kinetok.runtime.bench.machine import commit
+from kinetok.train.checkpoints import Damaged, load_best, load_whole
 from kinetok.train.data.augment import heading, lengthen, liveliness, turn_caption
 from kinetok.train.data.store import Clip, mirror_words, read_clips
 from kinetok.train.loop import OneProcess, fit
@@ -43,14 +45,23 @@ def other_subjects(caption: str) -> list[str]:
 
 
 def load_tokenizer(path: str | Path) -> tuple[MotionTokenizer, Tensor, Tensor]:
-    """The result of ``kinetok train tokenizer``: the tokenizer, mean ``[272]`` and std ``[272]`` (fp64)."""
+    """The result of ``kinetok train tokenizer``: the tokenizer, mean ``[272]`` and std ``[272]`` (fp64).
+
+    ``UserError`` for any other file, a checkpoint of a training among them.
+    """
     try:
-        saved = torch.load(path, weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: expected a trained tokenizer; run kinetok train tokenizer first") from error
-    tokenizer = MotionTokenizer(TokenizerConfig.from_dict(saved["config"])).eval()
-    tokenizer.load_state_dict(saved["model"])
-    return tokenizer, saved["mean"], saved["std"]
+        saved = load_whole(Path(path))
+        tokenizer = MotionTokenizer(TokenizerConfig.from_dict(saved["config"])).eval()
+        tokenizer.load_state_dict(saved["model"])
+        mean, std = saved["mean"].double(), saved["std"].double()
+        if not mean.shape == std.shape == (FEATURES,):
+            raise ValueError(f"its statistics have the shapes {list(mean.shape)} and {list(std.shape)}")
+    except (Damaged, UserError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{error} is not in it" if isinstance(error, KeyError) else " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{path}: expected a trained tokenizer, but {problem}; run kinetok train tokenizer first"
+        ) from error
+    return tokenizer, mean, std
 
 
 def initialise(decoder: MotionDecoder) -> None:
@@ -227,7 +238,7 @@ def train(
         sample=task.samples(motion, mean, std, Path(out)) if sample_every else None,
         sample_every=sample_every,
     )
-    state = torch.load(best, weights_only=True)
+    state = load_best(best)
     task.module.load_state_dict(state["model"])
     bank = Path(out) / BANK
     PromptBank.build(MINI_BANK, MiniLM(pooled_scale=POOLED_SCALE)).save(bank)

@@ -22,6 +22,7 @@ from kinetok.model.tensor_files import Pieces, parse_json, read_safetensors, wri
 from kinetok.model.text_minilm import MiniLM
 from kinetok.motion.features import FEATURES
 from kinetok.runtime.bench.machine import commit
+from kinetok.train.checkpoints import load_best
 from kinetok.train.data.stats import mean_std
 from kinetok.train.data.store import Clip, mirror_words, read_clips
 from kinetok.train.decoder import other_subjects
@@ -133,7 +134,7 @@ def train(
     """
     chosen = evaluator_recipe(recipe)
     task = EvaluatorTask(chosen, read_clips(data), MiniLM(pooled_scale=POOLED_SCALE))
-    best = torch.load(fit(task, chosen.loop, out, resume=resume, identity=asdict(chosen)), weights_only=True)
+    best = load_best(fit(task, chosen.loop, out, resume=resume, identity=asdict(chosen)))
     task.module.load_state_dict(best["model"])
     provenance = {
         "recipe": recipe,

@@ -18,6 +18,7 @@ from kinetok.motion.features import POSITIONS
 from kinetok.motion.quality import mpjpe
 from kinetok.motion.skeleton import CANONICAL_OFFSETS, JOINTS
 from kinetok.runtime.bench.machine import commit
+from kinetok.train.checkpoints import load_best
 from kinetok.train.data.store import Clip, read_clips
 from kinetok.train.decoder import TEXT_ENCODER, DecoderTask
 from kinetok.train.loop import fit
@@ -110,7 +111,7 @@ def finetune(
     identity = {**asdict(chosen), "init": _digest(bundle), "data": _captions_digest(clips)}
     sample = task.samples(bundle.tokenizer, mean, std, Path(out)) if sample_every else None
     best = fit(task, loop, out, resume=resume, identity=identity, sample=sample, sample_every=sample_every)
-    state = torch.load(best, weights_only=True)
+    state = load_best(best)
     task.module.load_state_dict(state["model"])
     result = FineTuned(
         model=Path(out) / "model",

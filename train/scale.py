@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from kinetok.errors import UserError
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.pretrained import save_pretrained
+from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
+from kinetok.train.checkpoints import load_best
 from kinetok.train.data.loading import Steps
 from kinetok.train.data.sequences import Sequences
 from kinetok.train.decoder import load_tokenizer
@@ -84,6 +86,13 @@ class PackedTask:
     @property
     def module(self) -> nn.Module:
         return self.packed
+
+    def samples(self, tokenizer: MotionTokenizer, mean: Tensor, std: Tensor, run: Path) -> Samples:
+        """What draws the first three different captions of the held-out clips."""
+        data = self.data
+        captions = list(dict.fromkeys(data.caption(self.held_out, np.zeros(len(self.held_out))).tolist()))[:3]
+        texts = {data.caption_text(row): data.text(row) for row in captions}
+        return Samples(self.processes, tokenizer, mean, std, texts, run / "samples")
 
     def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
         draw, batches = self._steps(step)
@@ -167,11 +176,6 @@ def train(
         chosen = replace(recipe, model=model)
         loop = chosen.loop
         task = PackedTask(chosen, sequences, processes, engine)
-        sample = None
-        if sample_every:
-            captions = sequences.caption(task.held_out[:3], np.zeros(len(task.held_out[:3])))
-            texts = {sequences.caption_text(int(row)): sequences.text(int(row)) for row in captions}
-            sample = Samples(processes, motion, mean, std, texts, Path(out) / "samples")
         identity = {**asdict(chosen), "data": _digest(sequences)}
         best = fit(
             task,
@@ -180,12 +184,12 @@ def train(
             resume=resume,
             identity=identity,
             processes=processes,
-            sample=sample,
+            sample=task.samples(motion, mean, std, Path(out)) if sample_every else None,
             sample_every=sample_every,
         )
         result = Path(out) / "model"
         if processes.rank == 0:
-            state = torch.load(best, weights_only=True, mmap=True)
+            state = load_best(best, mmap=True)
             with torch.device("meta"):
                 decoder = MotionDecoder(model)
             decoder.load_state_dict(

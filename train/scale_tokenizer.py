@@ -17,6 +17,7 @@ from kinetok.model.config import TokenizerConfig
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.features import POSITIONS
 from kinetok.motion.skeleton import JOINTS
+from kinetok.train.checkpoints import load_best
 from kinetok.train.data.loading import Order, Steps
 from kinetok.train.data.shards import ClipStore
 from kinetok.train.data.stats import streamed_mean_std
@@ -196,7 +197,7 @@ def train(
         )
         result = Path(out) / "tokenizer.pt"
         if processes.rank == 0:
-            state = torch.load(best, weights_only=True)
+            state = load_best(best)
             tokenizer = MotionTokenizer(recipe.model)
             tokenizer.load_state_dict({key.removeprefix("tokenizer."): value for key, value in state["model"].items()})
             save_tokenizer(result, tokenizer, mean, std, state["figures"])

@@ -15,7 +15,7 @@ from kinetok.kernels.fsq import fsq_bound, fsq_quantize
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.features import POSITIONS
 from kinetok.motion.skeleton import JOINTS
-from kinetok.train.checkpoints import save_whole
+from kinetok.train.checkpoints import load_best, save_whole
 from kinetok.train.data.stats import mean_std
 from kinetok.train.data.store import Clip, read_clips
 from kinetok.train.loop import OneProcess, fit
@@ -160,7 +160,7 @@ def train(
         sample=Reconstructions(OneProcess(), clips, mean, std, Path(out) / "samples") if sample_every else None,
         sample_every=sample_every,
     )
-    state = torch.load(best, weights_only=True)
+    state = load_best(best)
     task.module.load_state_dict(state["model"])
     return save_tokenizer(Path(out) / "tokenizer.pt", task.module.folded(), mean, std, state["figures"])
 

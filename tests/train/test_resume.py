@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 
 from kinetok.errors import UserError
-from kinetok.train.checkpoints import LAST, PREVIOUS, damage, save_whole
+from kinetok.train.checkpoints import LAST, PREVIOUS, damage, load_best, save_whole
 from kinetok.train.journal import cut_log
 from kinetok.train.loop import fit
 
@@ -190,3 +190,19 @@ def test_the_live_view(tmp_path: Path) -> None:
     board.Reload()
     assert board.Tags()["scalars"] == ["train/loss", "train/grad_norm"]
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(8, 1.25)]
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "another"])
+def test_a_finished_run_without_its_best_weights_is_said(tmp_path: Path, harm: str, line, config) -> None:
+    best = fit(line(), config, tmp_path, identity={})
+    assert load_best(best)["step"] > 0
+    if harm == "gone":
+        best.unlink()
+    else:
+        best.write_bytes(best.read_bytes()[:500] if harm == "cut" else b"{}")
+    again = fit(line(), config, tmp_path, resume=True, identity={})
+    with pytest.raises(
+        UserError, match=r"best.pt: expected the weights of this run, but they are damaged or gone"
+    ) as told:
+        load_best(again)
+    assert "\n" not in str(told.value)

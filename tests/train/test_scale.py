@@ -12,7 +12,7 @@ import torch
 from kinetok.errors import UserError
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.presets import DECODERS
-from kinetok.train.data.sequences import Sequences
+from kinetok.train.data.sequences import Sequences, mean_lengths
 from kinetok.train.loop import OneProcess
 from kinetok.train.packing import PackedDecoder, pack
 from kinetok.train.scale import Engine, PackedTask, train
@@ -124,6 +124,10 @@ def test_one_process_from_store_to_model_with_samples(trained_store, recipe, tmp
     assert line["tokens"] > 100 and line["seconds_per_step"] > 0
     with pytest.raises(UserError, match="a run is already here"):
         train(recipe=recipe, **data)
+    best_file = tmp_path / "run" / "best.pt"
+    best_file.write_bytes(best_file.read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"best\.pt: expected the weights of this run"):
+        train(recipe=recipe, resume=True, **data)
     with pytest.raises(UserError, match="it differs in seed"):
         train(recipe=with_loop(recipe, seed=5), resume=True, **data)
     with pytest.raises(UserError, match="it differs in n_layer"):  # a checkpoint of another config
@@ -131,6 +135,26 @@ def test_one_process_from_store_to_model_with_samples(trained_store, recipe, tmp
     with pytest.raises(UserError, match="kinetok data tokens"):
         (tmp_path / "other.pt").write_bytes(trained_store.tokenizer.read_bytes() + b" ")
         train(recipe=recipe, **{**data, "tokenizer": tmp_path / "other.pt"})
+
+
+def test_the_lengths_of_a_store_are_those_of_its_training_clips(trained_store, tmp_path: Path) -> None:
+    """Ten captions of 3 features and 23 of 4; the 7 held-out clips do not count."""
+    text, motion = mean_lengths(trained_store.store, 150, 1, 99) or (0, 0)
+    assert text == pytest.approx((10 * 3 + 23 * 4) / 33)
+    assert motion == np.mean([15 + number % 20 for number in range(33)])
+    copy = shutil.copytree(trained_store.store, tmp_path / "store")
+    (copy / "text" / "lengths.bin").write_bytes(b"1234")
+    with pytest.raises(UserError, match=r"lengths\.bin: expected 160 bytes for the clips of this store"):
+        mean_lengths(copy, 150, 1, 99)
+
+
+def test_samples_are_of_different_captions(task, monkeypatch, tmp_path: Path) -> None:
+    made = task()
+    own = made.data.caption(made.held_out, np.zeros(7))
+    monkeypatch.setattr(made.data, "caption", lambda clips, chance: own[[0, 0, 0, 4, 0, 2, 6]])
+    samples = made.samples(None, None, None, tmp_path)
+    assert list(samples.texts) == ["a person does 33", "a person does 37", "a person does 35"]
+    assert torch.equal(samples.texts["a person does 37"], made.data.text(int(own[4])))
 
 
 def test_every_size_has_a_recipe_with_the_papers_numbers() -> None:

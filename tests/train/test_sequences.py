@@ -112,7 +112,9 @@ def test_tokens_and_text_are_made_once(folder: Path, tokenizer: MotionTokenizer,
         data = Sequences(folder / "store", tokenizer=folder / "tokenizer.pt")
         data.rows(captions[:1], np.array([1]), np.array([0]), firsts[:1], np.array([9]))
     train = store.splits == "train"
-    lengths = [len(text) for captions in store.all_captions() for text in captions]
+    lengths = [
+        len(text) for captions, here in zip(store.all_captions(), train, strict=True) if here for text in captions
+    ]
     assert mean_lengths(folder / "store", 20, 1, 99) == (np.minimum(lengths, 20).mean(), data.lengths[train].mean())
 
 

@@ -12,14 +12,16 @@ from kinetok.errors import UserError
 from kinetok.kernels.kinematics import heading_scan, matrix_from_6d
 from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.model.decoder import MotionDecoder
+from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.features import HEADING_CHANGE, POSITIONS, from_motion, joints_from_positions
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
 from kinetok.train import decoder as decoder_training
+from kinetok.train.checkpoints import save_whole
 from kinetok.train.data.store import Clip, matrices
-from kinetok.train.decoder import other_subjects
+from kinetok.train.decoder import load_tokenizer, other_subjects
 from kinetok.train.losses import released_loss, world_steps
 from kinetok.train.recipes import decoder_recipe, mini_tokenizer, tokenizer_recipe
-from kinetok.train.tokenizer import TokenizerTask, draw_weights
+from kinetok.train.tokenizer import TokenizerTask, draw_weights, save_tokenizer
 
 
 def clip(number: int, split: str, label: str = "walk") -> Clip:
@@ -112,3 +114,30 @@ def test_the_decoder_loss_is_that_of_all_logits() -> None:
     torch.testing.assert_close(losses[0], losses[1])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("harm", ["missing", "text", "cut", "a checkpoint", "other weights", "statistics", "a list"])
+def test_a_file_that_is_no_trained_tokenizer(tmp_path: Path, harm: str) -> None:
+    config = TokenizerConfig(nb_code=256, code_dim=8, width=8, depth=1)
+    path = tmp_path / "tokenizer.pt"
+    mean, std = torch.zeros(272), torch.ones(272)
+    save_tokenizer(path, MotionTokenizer(config), mean, std, {})
+    assert load_tokenizer(path)[1].dtype == torch.float64
+    state = torch.load(path, weights_only=True)
+    bad = {
+        "a checkpoint": {"model": state["model"], "step": 3, "identity": {}},
+        "other weights": {**state, "config": {**state["config"], "width": 16}},
+        "statistics": {**state, "mean": torch.zeros(263)},
+        "a list": [1, 2],
+    }
+    if harm in bad:
+        save_whole(path, bad[harm])
+    elif harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b'{"format": 1}' if harm == "text" else path.read_bytes()[:-9000])
+    with pytest.raises(
+        UserError, match=r"tokenizer.pt: expected a trained tokenizer, but .*; run kinetok train"
+    ) as told:
+        load_tokenizer(path)
+    assert "\n" not in str(told.value)

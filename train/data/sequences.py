@@ -234,6 +234,20 @@ def _same_store(folder: Path, about: Mapping[str, Any], store: ClipStore) -> Non
         raise UserError(f"{folder}: does not belong to the clips of this store; delete it, make it anew")
 
 
+def _captions(store: ClipStore) -> tuple[dict[str, Any], NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+    """What is said of a store's text features; captions of each clip, the length of each different one, and which it is
+    of the captions of clip after clip. ``UserError`` where they are missing or those of other clips."""
+    folder = store.folder / TEXT
+    about = _about(folder, TEXT_FORMAT, f"kinetok data text {store.folder}")
+    _same_store(folder, about, store)
+    counts = _mapped(folder / COUNTS, np.int32, len(store)).astype(np.int64)
+    lengths = _mapped(folder / LENGTHS, np.int32, int(about["captions"])).astype(np.int64)
+    numbers = _mapped(folder / CAPTIONS, np.int32, int(counts.sum()))
+    if not 0 <= numbers.min() <= numbers.max() < len(lengths) or counts.min() < 1 or lengths.min() < 1:
+        raise UserError(f"{folder}: its captions are none of this store; delete it, make it anew")
+    return about, counts, lengths, numbers
+
+
 class Sequences:
     """The clips of a store as tokens with text features; both stay on the disk and are mapped.
 
@@ -246,26 +260,18 @@ class Sequences:
         self.folder = self.store.folder
         tokens = self.folder / tokens_name(tokenizer)
         about = _about(tokens, TOKENS_FORMAT, f"kinetok data tokens {folder} --tokenizer {tokenizer}")
-        text_folder = self.folder / TEXT
-        text = _about(text_folder, TEXT_FORMAT, f"kinetok data text {folder}")
         _same_store(tokens, about, self.store)
-        _same_store(text_folder, text, self.store)
+        text, self._counts, self.text_lengths, self._numbers = _captions(self.store)
         self.text_dim, self.text_encoder = int(text["dim"]), dict(text["encoder"])
         self.identity = [tokens.name, self.store.digest]
         self.splits = self.store.splits
         self.lengths = self.store.frames // int(about["frames_per_token"])
         self._offsets = np.concatenate(([0], np.cumsum(self.lengths)))
-        self._counts = _mapped(text_folder / COUNTS, np.int32, len(self.store)).astype(np.int64)
         self._starts = np.cumsum(self._counts) - self._counts
-        self.text_lengths = _mapped(text_folder / LENGTHS, np.int32, int(text["captions"])).astype(np.int64)
         self._rows = np.concatenate(([0], np.cumsum(self.text_lengths)))
         self._tokens = _mapped(tokens / TOKENS, np.int32, int(self._offsets[-1]))
-        self._numbers = _mapped(text_folder / CAPTIONS, np.int32, int(self._counts.sum()))
         self._codebook, self._file = int(about["codebook"]), tokens / TOKENS
-        whole = 0 <= self._numbers.min() <= self._numbers.max() < len(self.text_lengths)
-        if not whole or self._counts.min() < 1 or self.text_lengths.min() < 1:
-            raise UserError(f"{text_folder}: its captions are none of this store; delete it, make it anew")
-        rows = _mapped(text_folder / FEATURES, np.float16, self.text_dim * int(self._rows[-1]))
+        rows = _mapped(self.folder / TEXT / FEATURES, np.float16, self.text_dim * int(self._rows[-1]))
         self._text = rows.reshape(-1, self.text_dim)
 
     def tokens(self, clip: int) -> Tensor:
@@ -320,13 +326,14 @@ def _mapped(path: Path, dtype: Any, count: int) -> NDArray:
 def mean_lengths(folder: str | Path, most_text: int, least: int, most: int) -> tuple[float, float] | None:
     """Mean text features and tokens of a draw from a store's training clips of ``least`` to ``most`` tokens.
 
-    None where the store has no text features yet; tokens are counted at 15 a second.
+    None where the store has no text features yet; tokens are counted at 15 a second. ``UserError`` for features of other
+    clips.
     """
     store = ClipStore(folder)
     lengths = store.frames // 2
     clips = np.flatnonzero((store.splits == "train") & (lengths >= least) & (lengths <= most))
     if not (store.folder / TEXT / ABOUT).exists() or not len(clips):
         return None
-    sizes = np.fromfile(store.folder / TEXT / LENGTHS, np.int32)
-    numbers = np.memmap(store.folder / TEXT / CAPTIONS, np.int32, "r")
-    return float(np.minimum(sizes, most_text)[numbers].mean()), float(lengths[clips].mean())
+    _, counts, sizes, numbers = _captions(store)
+    text = np.add.reduceat(np.minimum(sizes, most_text)[numbers], np.cumsum(counts) - counts) / counts
+    return float(text[clips].mean()), float(lengths[clips].mean())
