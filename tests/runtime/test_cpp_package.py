@@ -127,6 +127,38 @@ def test_an_installed_package_is_found_and_used(cpp, bundle, onnxruntime_root, f
         assert "ONNX Runtime is not on the system's search path" in said
 
 
+def test_the_ten_lines_of_the_documentation_are_a_program(cpp, bundle, folder, tmp_path) -> None:
+    text = (cpp.source.parents[1] / "docs" / "cpp.md").read_text()
+    block = text.split("## Ten lines to the first frame\n")[1].split("\nEach call", 1)[0]
+    include, *lines = [line.removeprefix("    ") for line in block.splitlines()]
+    check = 'printf("%u frame, %.3f m\\n", (unsigned)read, frame[1]);\nreturn 0;'
+    (tmp_path / "main.c").write_text(
+        "\n".join(["#include <stdio.h>", include, "int main(void) {", *lines, check, "}\n"])
+    )
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.16)\nproject(ten LANGUAGES C CXX)\nfind_package(kinetok REQUIRED)\n"
+        "configure_file(main.c main.cpp COPYONLY)\n"
+        + "".join(
+            f"add_executable({name} {file})\ntarget_link_libraries({name} kinetok::kinetok)\n"
+            for name, file in (("c", "main.c"), ("cpp", "${CMAKE_CURRENT_BINARY_DIR}/main.cpp"))
+        )
+    )
+    _build(cpp, folder)
+    cpp.run("cmake", "--install", folder, "--prefix", tmp_path / "installed")
+    flags = "-Wall -Wextra -Wconversion -Werror -pedantic"
+    built = cpp.build(
+        tmp_path / "build",
+        source=tmp_path,
+        CMAKE_PREFIX_PATH=tmp_path / "installed",
+        CMAKE_C_FLAGS=flags,
+        CMAKE_CXX_FLAGS=flags,
+    )
+    (built / "bundle").symlink_to(bundle)
+    for program in ("c", "cpp"):
+        frames, height = cpp.run("cmake", "-E", "chdir", built, built / program).split(" frame, ")
+        assert frames == "1" and 0.5 < float(height.split()[0]) < 1.3
+
+
 def test_a_root_without_the_library_is_refused(cpp, tmp_path) -> None:
     said = cpp.run("cmake", "-S", cpp.source, "-B", tmp_path, f"-DONNXRUNTIME_ROOT={tmp_path}", code=1)
     assert "expected the library onnxruntime in" in said
