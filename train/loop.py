@@ -131,6 +131,9 @@ def _open(run: Path, checkpoints: Checkpoints, identity: Any, resume: bool) -> N
         raise UserError(f"{run}: a run is already here; continue it with --resume, or name another folder with --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {run}: {error.strerror or error}; name another folder with --out") from error
+    try:
         there = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
     except (OSError, ValueError) as error:
         raise UserError(f"{about}: expected the description of a run, but {error}") from error
@@ -145,7 +148,7 @@ def _open(run: Path, checkpoints: Checkpoints, identity: Any, resume: bool) -> N
 def _same(run: Path, theirs: Any, identity: Any) -> None:
     theirs = _with_defaults(theirs)
     if theirs != identity:
-        names = _differences(theirs, identity)
+        names = list(dict.fromkeys(_differences(theirs, identity)))
         raise UserError(
             f"{run}: this run was made with another recipe or other data (it differs in {', '.join(names[:4])}); "
             "name another folder with --out"
@@ -261,6 +264,10 @@ def _train(
                 if validates:
                     figures = {name: float(value) for name, value in task.validate(module).items()}
                     journal.write("validate", step, figures)
+                    if not math.isfinite(figures["loss"]):  # the same in every process; it would become the result
+                        raise processes.error(
+                            f"{run}: the validation loss is {figures['loss']} at step {step}; lower the learning rate"
+                        )
                     if figures["loss"] < lowest or config.keep == "last":
                         lowest = min(lowest, figures["loss"])
                         weights = processes.whole(module.state_dict())

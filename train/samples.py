@@ -45,7 +45,6 @@ class Samples:
             decoder = MotionDecoder(whole.config)
         decoder.load_state_dict({name: value.cpu() for name, value in state.items()}, assign=True)
         decoder.eval()
-        self.folder.mkdir(parents=True, exist_ok=True)
         for number, (caption, features) in enumerate(self.texts.items()):
             most = min(
                 round(SECONDS * self.tokenizer.config.tokens_per_second), decoder.config.block_size - len(features)
@@ -75,7 +74,6 @@ class Reconstructions:
             made = module(frames[None].to(self.processes.device))[0][0]
             if self.processes.rank:
                 continue
-            self.folder.mkdir(parents=True, exist_ok=True)
             original = self.folder / f"clip-{number}"
             if not original.with_suffix(".npz").exists():
                 _draw(frames * self.std + self.mean, name, original)

@@ -24,7 +24,7 @@ from kinetok.train.feed import Draw, Feed
 from kinetok.train.loop import OneProcess, fit
 from kinetok.train.packing import PackedBatch, PackedDecoder, fill
 from kinetok.train.samples import Samples
-from kinetok.train.scale_recipes import ScaleRecipe
+from kinetok.train.scale_recipes import PASS_POSITIONS, ScaleRecipe
 
 HELD_OUT = 512  # clips that a validation takes at most
 VALIDATED = 16  # clips of one validation pass of a process
@@ -35,7 +35,7 @@ class Engine:
     """How a step is computed, which changes nothing but its speed: positions of one pass forward and backward (a step takes
     as many as it needs), activation checkpointing, torch.compile of the blocks."""
 
-    pass_positions: int = 16_384
+    pass_positions: int = PASS_POSITIONS
     checkpointing: bool = False
     compile: bool = False
 

@@ -13,6 +13,7 @@ from kinetok.train.optim import LoopConfig
 
 PREFIX, SMOKE = "motionmillion-", "smoke"
 MAX_TEXT = 150  # text features a caption is cut to
+PASS_POSITIONS = 16_384  # of a process, where nobody says otherwise
 DAY = 86400
 
 

@@ -95,3 +95,24 @@ def test_without_average_and_clipping(tmp_path: Path, line, config) -> None:
 def test_decay_of_all_parameters(config) -> None:
     groups = [len(adamw(torch.nn.Linear(2, 2), replace(config, decay_all=flag)).param_groups) for flag in (False, True)]
     assert groups == [2, 1]
+
+
+def test_a_validation_that_is_not_finite_stops_the_run(tmp_path: Path, line, config) -> None:
+    """Its weights would have become the result, or there would have been none."""
+
+    class Unseen(line):
+        def validate(self, module):
+            return {"loss": float("nan")}
+
+    with pytest.raises(UserError, match="the validation loss is nan at step 10; lower the learning rate"):
+        fit(Unseen(), config, tmp_path, identity={})
+    assert not (tmp_path / "best.pt").exists()
+
+
+def test_a_file_in_place_of_the_folder(tmp_path: Path, line, config) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write .*run: File exists; name another folder with --out"):
+        fit(line(), config, tmp_path / "run", identity={})
+    assert (tmp_path / "run").read_text() == "mine"
+    with pytest.raises(UserError, match="cannot write"):
+        fit(line(), config, tmp_path / "run" / "deeper", identity={})

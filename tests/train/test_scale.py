@@ -230,7 +230,7 @@ def test_operations_are_those_that_torch_counts(recipe) -> None:
     assert counter.get_total_flops() == step_flop(config, 1, text, motion) - uncounted
 
 
-def test_the_command_line(trained_store, tmp_path: Path) -> None:
+def test_the_command_line(trained_store, tmp_path: Path, monkeypatch) -> None:
     from typer.testing import CliRunner
 
     from kinetok.cli import app
@@ -251,6 +251,19 @@ def test_the_command_line(trained_store, tmp_path: Path) -> None:
     assert "expected a clip store" in said(*run, "--tokenizer", str(trained_store.tokenizer))
     assert "run kinetok train tokenizer first" in said(*run, "--tokenizer", str(tmp_path / "none.pt"))
     assert "mini, smoke or one of" in said("--recipe", "motionmillion-8b", "--dry-run")
-    for words in (["--dry-run"], ["--ema", "0.9"], ["--clip-norm", "1"], ["--compile"], ["--checkpointing"]):
+    assert "expected a clip store" in said("--recipe", "motionmillion-7b", "--dry-run", "--data", str(tmp_path))
+    for words in (["--processes", "2"], ["--tokens-per-second", "1"]):
+        assert f"{words[0]} goes with --dry-run" in said("--recipe", "smoke", *words)
+    for words in (
+        ["--dry-run"],
+        ["--positions", "9"],
+        ["--ema", "0.9"],
+        ["--clip-norm", "1"],
+        ["--compile"],
+        ["--checkpointing"],
+    ):
         assert f"{words[0]} goes with a recipe for a clip store" in said("--recipe", "mini", *words)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "the recipe mini trains in one process: start it without torchrun" in said()
+    assert "fine-tuning trains in one process" in said("--init", "default")
     assert not (tmp_path / "run").exists()

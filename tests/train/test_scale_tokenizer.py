@@ -149,6 +149,7 @@ def test_the_command_line(trained_store, tmp_path: Path) -> None:
     assert "not measured" in said("--recipe", "motionmillion", "--dry-run")
     for words in (["--dry-run"], ["--steps", "3"]):
         assert f"{words[0]} goes with a recipe for a clip store" in said("--recipe", "mini", *words)
+    assert "mini, smoke or motionmillion" in said("--recipe", "smokey")
     run = ["--recipe", "smoke", "--steps", "2", "--out", str(tmp_path / "run")]
     assert "expected a clip store" in said(*run, "--data", str(tmp_path))
     assert "wrote" in said(*run, "--data", str(trained_store.store))

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 DATA = typer.Option(help="Motion data: data/cmu, or what kinetok data import wrote.")
 RESUME = typer.Option(help="Continue the run in --out.")
-SEED = typer.Option(help="Seed of the run; the recipe's own without.", min=0)
-STORE_TOKENIZERS = "smoke", "motionmillion"
+SEED = typer.Option(help="Seed of the run; the recipe's own without.", min=0, max=2**63 - 1)
+CMU = Path("data/cmu")
 TOKENIZER = Path("runs/tokenizer/tokenizer.pt")
 THREADS = typer.Option(help="CPU threads; torch's choice without.", min=1)
 SAMPLES = typer.Option(help="Draw sample motions every so many steps; 0: never.", min=0)
 DRY_RUN = typer.Option("--dry-run", help="Only print what a recipe for a clip store costs.")
-GPUS = typer.Option(help="With --dry-run: GPUs.", min=1)
+GPUS = typer.Option(help="With --dry-run: GPUs; 1 without.", min=1)
 RATE = typer.Option(help="With --dry-run: the measured rate of all GPUs together.")
 EMA = typer.Option(help="Keep the moving average of this decay (0.9999).")
 CLIP = typer.Option(help="Clip the gradient of a step to this norm.")
@@ -49,16 +49,30 @@ def _threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+def _dry_run_only(dry_run: bool, processes: int | None, tokens_per_second: float | None) -> None:
+    for asked, option in (
+        (processes is not None, "--processes"),
+        (tokens_per_second is not None, "--tokens-per-second"),
+    ):
+        if asked and not dry_run:
+            raise UserError(f"{option} goes with --dry-run; torchrun --nproc-per-node N starts N processes")
+
+
+def _one_process(recipe: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{recipe} trains in one process: start it without torchrun")
+
+
 def tokenizer(
     recipe: Annotated[str, typer.Option(help="The recipe's name.")] = "mini",
-    data: Annotated[Path, DATA] = Path("data/cmu"),
+    data: Annotated[Path, DATA] = CMU,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/tokenizer"),
     resume: Annotated[bool, RESUME] = False,
     seed: Annotated[int | None, SEED] = None,
     steps: Annotated[int | None, typer.Option(help="With a recipe for a clip store.", min=1)] = None,
     threads: Annotated[int | None, THREADS] = None,
     dry_run: Annotated[bool, DRY_RUN] = False,
-    processes: Annotated[int, GPUS] = 1,
+    processes: Annotated[int | None, GPUS] = None,
     tokens_per_second: Annotated[float | None, RATE] = None,
     sample_every: Annotated[int, SAMPLES] = 0,
 ) -> None:
@@ -67,14 +81,17 @@ def tokenizer(
     Recipes: mini for a small set; motionmillion, and the toy smoke, for a clip store (docs/training.md).
     """
     _threads(threads)
-    if recipe in STORE_TOKENIZERS:
+    _dry_run_only(dry_run, processes, tokens_per_second)
+    from kinetok.train.recipes import TOKENIZER_RECIPES
+
+    if recipe not in TOKENIZER_RECIPES:
         from kinetok.train.scale_recipes import with_loop
         from kinetok.train.scale_tokenizer import cost_lines, store_tokenizer_recipe
         from kinetok.train.scale_tokenizer import train as train_on_store
 
         chosen = with_loop(store_tokenizer_recipe(recipe), steps=steps, seed=seed)
         if dry_run:
-            print("\n".join(cost_lines(recipe, chosen, processes=processes, tokens_per_second=tokens_per_second)))
+            print("\n".join(cost_lines(recipe, chosen, processes=processes or 1, tokens_per_second=tokens_per_second)))
             return
         _wrote(train_on_store(recipe=chosen, data=data, out=out, resume=resume, sample_every=sample_every))
         return
@@ -82,13 +99,14 @@ def tokenizer(
 
     for asked, option in ((dry_run, "--dry-run"), (steps is not None, "--steps")):
         if asked:
-            raise UserError(f"{option} goes with a recipe for a clip store: {' or '.join(STORE_TOKENIZERS)}")
+            raise UserError(f"{option} goes with a recipe for a clip store: smoke or motionmillion")
+    _one_process(f"the recipe {recipe}")
     _wrote(train(recipe=recipe, data=data, out=out, resume=resume, seed=seed, sample_every=sample_every))
 
 
 def decoder(
     recipe: Annotated[str | None, typer.Option(help="The recipe's name; mini without.")] = None,
-    data: Annotated[Path, DATA] = Path("data/cmu"),
+    data: Annotated[Path, DATA] = CMU,
     tokenizer: Annotated[
         Path | None, typer.Option(help="The trained tokenizer; runs/tokenizer/tokenizer.pt without.")
     ] = None,
@@ -105,9 +123,11 @@ def decoder(
     ] = None,
     threads: Annotated[int | None, THREADS] = None,
     dry_run: Annotated[bool, DRY_RUN] = False,
-    processes: Annotated[int, GPUS] = 1,
+    processes: Annotated[int | None, GPUS] = None,
     tokens_per_second: Annotated[float | None, RATE] = None,
-    positions: Annotated[int, typer.Option(help="Positions of one pass of a process.", min=1)] = 16_384,
+    positions: Annotated[
+        int | None, typer.Option(help="Positions of one pass of a process; 16384 without.", min=1)
+    ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute activations twice to keep fewer.")
     ] = False,
@@ -122,12 +142,15 @@ def decoder(
     (docs/training.md).
     """
     _threads(threads)
+    _dry_run_only(dry_run, processes, tokens_per_second)
     if recipe is not None and recipe != "mini" and init is None:
-        from kinetok.train.scale_recipes import scale_recipe, with_loop
+        from kinetok.train.scale_recipes import PASS_POSITIONS, scale_recipe, with_loop
 
         chosen = with_loop(scale_recipe(recipe), steps=steps, seed=seed, ema=ema, clip_norm=clip_norm)
         if dry_run:
-            _decoder_cost(recipe, chosen, data, processes, tokens_per_second, positions, checkpointing)
+            _decoder_cost(
+                recipe, chosen, data, processes or 1, tokens_per_second, positions or PASS_POSITIONS, checkpointing
+            )
             return
         from kinetok.train.scale import Engine
         from kinetok.train.scale import train as train_on_store
@@ -139,13 +162,14 @@ def decoder(
             tokenizer=tokenizer or TOKENIZER,
             out=out or Path("runs/decoder"),
             resume=resume,
-            engine=Engine(pass_positions=positions, checkpointing=checkpointing, compile=compile),
+            engine=Engine(pass_positions=positions or PASS_POSITIONS, checkpointing=checkpointing, compile=compile),
             sample_every=sample_every,
         )
         _wrote(result)
         return
     for asked, option in (
         (dry_run, "--dry-run"),
+        (positions is not None, "--positions"),
         (checkpointing, "--checkpointing"),
         (compile, "--compile"),
         (ema is not None, "--ema"),
@@ -153,6 +177,7 @@ def decoder(
     ):
         if asked:
             raise UserError(f"{option} goes with a recipe for a clip store: smoke, motionmillion-44m to -65b")
+    _one_process(f"the recipe {recipe or 'mini'}" if init is None else "fine-tuning")
     if init is None:
         from kinetok.train.decoder import train
 
@@ -208,7 +233,9 @@ def _decoder_cost(
     from kinetok.train.data.shards import is_store
     from kinetok.train.scale_recipes import cost, cost_lines
 
-    means = mean_lengths(data, recipe.max_text, recipe.min_tokens, recipe.max_tokens) if is_store(data) else None
+    # The default is no store; any other folder that is none is a slip.
+    known = is_store(data) or data != CMU
+    means = mean_lengths(data, recipe.max_text, recipe.min_tokens, recipe.max_tokens) if known else None
     found = cost(
         recipe,
         processes=processes,
@@ -228,7 +255,7 @@ def _wrote(path: Path) -> None:
 
 def evaluator(
     recipe: Annotated[str, typer.Option(help="The recipe's name.")] = "mini",
-    data: Annotated[Path, DATA] = Path("data/cmu"),
+    data: Annotated[Path, DATA] = CMU,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/evaluator"),
     resume: Annotated[bool, RESUME] = False,
     threads: Annotated[int | None, THREADS] = None,
@@ -237,4 +264,5 @@ def evaluator(
     from kinetok.train.evaluator import train
 
     _threads(threads)
+    _one_process(f"the recipe {recipe}")
     print("wrote", train(recipe=recipe, data=data, out=out, resume=resume))
