@@ -8,15 +8,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kinetok.errors import UserError
-from kinetok.export.decoder import DecoderExport, module_tensors
-from kinetok.export.detokenizer import DetokenizerExport, StreamGraph, context
 from kinetok.export.golden import banned_ids, golden_cases, tolerance
-from kinetok.export.graph import MICROSOFT, OPSETS, Graph, TensorProto, WeightFile, check_model
-from kinetok.export.precision import Precision
 from kinetok.export.text_encoder import find_encoder, text_graph, write_tokenizer
 from kinetok.files import whole_directory
 from kinetok.model.bank import MAX_FEATURES, PromptBank
 from kinetok.model.config import FRAME_RATE, DecoderConfig
+from kinetok.model.graphs.builder import MICROSOFT, OPSETS, Graph, TensorProto, WeightFile, check_model
+from kinetok.model.graphs.decoder import DecoderExport, module_tensors
+from kinetok.model.graphs.detokenizer import DetokenizerExport, StreamGraph, context
+from kinetok.model.graphs.precision import Precision
 from kinetok.model.pretrained import ModelBundle
 from kinetok.model.streaming import whole_clip_reason
 from kinetok.motion.features import FEATURES, POSITIONS, ROTATIONS, VELOCITIES

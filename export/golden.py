@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinetok.export.precision import Precision, dequantize, quantize
 from kinetok.kernels.sampling import draw, guide, gumbel
 from kinetok.model.bank import PromptBank
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
+from kinetok.model.graphs.precision import Precision, dequantize, quantize
 from kinetok.model.pretrained import ModelBundle
 from kinetok.model.text import TextEncoder
 from kinetok.runtime.generate import ENDED_AT_ONCE, generate_tokens

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.export.golden import draw_token, scores_of
-from kinetok.export.graph import MICROSOFT
 from kinetok.export.plausible import drawable
-from kinetok.export.precision import FP32_ACTIVATIONS
+from kinetok.model.graphs.builder import MICROSOFT
+from kinetok.model.graphs.precision import FP32_ACTIVATIONS
 from kinetok.model.verify import Check, Report
 from kinetok.runtime.backends.onnx import OnnxBackend, OnnxDetokenizer, open_session
 from kinetok.runtime.bundle import Bundle, read_bundle

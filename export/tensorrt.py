@@ -10,13 +10,13 @@ import torch
 
 from kinetok.errors import UserError
 from kinetok.export.bundle import check_original, decoder_facts
-from kinetok.export.decoder import DecoderExport, module_tensors
-from kinetok.export.detokenizer import DetokenizerExport
 from kinetok.export.engine_builder import EngineBuilder, Sizes
-from kinetok.export.graph import WeightFile
-from kinetok.export.precision import Precision
 from kinetok.files import whole_directory
 from kinetok.model.bank import MAX_FEATURES
+from kinetok.model.graphs.builder import WeightFile
+from kinetok.model.graphs.decoder import DecoderExport, module_tensors
+from kinetok.model.graphs.detokenizer import DetokenizerExport
+from kinetok.model.graphs.precision import Precision
 from kinetok.model.pretrained import ModelBundle
 from kinetok.model.streaming import whole_clip_reason
 from kinetok.runtime.backends.tensorrt import COMPILED

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from kinetok.errors import UserError
-from kinetok.export.graph import Graph, WeightFile
 from kinetok.export.text_minilm import minilm_graph, vocabulary
 from kinetok.export.text_t5 import t5_graph, tokenizer_file
+from kinetok.model.graphs.builder import Graph, WeightFile
 from kinetok.model.text_minilm import MiniLM
 from kinetok.model.text_t5 import FlanT5
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from kinetok.export.graph import Graph
-from kinetok.export.ops import attention, gelu, layer_norm
 from kinetok.export.text_weights import FLOAT, TextWeights
+from kinetok.model.graphs.builder import Graph
+from kinetok.model.graphs.ops import attention, gelu, layer_norm
 from kinetok.model.text_minilm import EPS, MiniLM
 
 

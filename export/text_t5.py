@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.export.graph import Graph
-from kinetok.export.ops import gelu, gelu_tanh, rms_norm, silu
 from kinetok.export.text_weights import FLOAT, TextWeights
+from kinetok.model.graphs.builder import Graph
+from kinetok.model.graphs.ops import gelu, gelu_tanh, rms_norm, silu
 from kinetok.model.text_t5 import MAX_FEATURES, MAX_TOKENS, FlanT5
 
 ACTIVATIONS = {

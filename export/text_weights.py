@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from kinetok.export.graph import Graph
-from kinetok.export.precision import Precision, Tensors, linear, to_numpy
+from kinetok.model.graphs.builder import Graph
+from kinetok.model.graphs.precision import Precision, Tensors, linear, to_numpy
 
 FLOAT, HALF = np.dtype(np.float32), np.dtype(np.float16)
 

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinetok.export.decoder import DecoderExport
-from kinetok.export.graph import WeightFile, check_model
-from kinetok.export.precision import Precision, Tensors
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
+from kinetok.model.graphs.builder import WeightFile, check_model
+from kinetok.model.graphs.decoder import DecoderExport
+from kinetok.model.graphs.precision import Precision, Tensors
 from kinetok.model.presets import decoder_preset
 from kinetok.runtime.bench.machine import machine
 

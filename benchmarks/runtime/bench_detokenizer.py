@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kinetok.export.detokenizer import DetokenizerExport
-from kinetok.export.live import HeldWeights
 from kinetok.files import whole_file
 from kinetok.model.config import TokenizerConfig
+from kinetok.model.graphs.detokenizer import DetokenizerExport
+from kinetok.model.graphs.live import HeldWeights
 from kinetok.model.pretrained import load_pretrained
 from kinetok.model.streaming import StreamingDetokenizer
 from kinetok.model.tokenizer import MotionTokenizer

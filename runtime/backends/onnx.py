@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -168,7 +167,7 @@ _OPENING = Lock()
 def live_session(module: nn.Module, graph: str) -> Any:
     """The session of a module with the weights that it has now, for torch's number of threads; made once.
 
-    graph: the function of ``kinetok.export.live`` that makes it.
+    graph: the function of ``kinetok.model.graphs.live`` that makes it.
     """
     parameters = list(module.parameters())
     # Two threads of a step of a millisecond wait for one another longer than they work.
@@ -176,7 +175,9 @@ def live_session(module: nn.Module, graph: str) -> Any:
     with _OPENING:
         mine = _SESSIONS.setdefault(module, {})
         if (graph, threads) not in mine:
-            model, weights = getattr(import_module("kinetok.export.live"), graph)(module)
+            from kinetok.model.graphs import live
+
+            model, weights = getattr(live, graph)(module)
             mine[graph, threads] = _session(model, f"the {graph}", parameters[0].device, threads, weights)
         return mine[graph, threads]
 

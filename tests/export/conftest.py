@@ -11,10 +11,10 @@ import torch
 pytest.importorskip("onnx", reason="needs the extra 'onnx'")
 ort = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
 
-from kinetok.export.graph import Graph, WeightFile  # noqa: E402
 from kinetok.model.bank import PromptBank  # noqa: E402
 from kinetok.model.config import DecoderConfig, TokenizerConfig  # noqa: E402
 from kinetok.model.decoder import MotionDecoder  # noqa: E402
+from kinetok.model.graphs.builder import Graph, WeightFile  # noqa: E402
 from kinetok.model.pretrained import ModelBundle  # noqa: E402
 from kinetok.model.tokenizer import MotionTokenizer  # noqa: E402
 from kinetok.motion.skeleton import CANONICAL_OFFSETS  # noqa: E402

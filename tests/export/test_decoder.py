@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kinetok.export.decoder import DecoderExport, module_tensors
 from kinetok.export.golden import stored_decoder
-from kinetok.export.precision import Precision
+from kinetok.model.graphs.decoder import DecoderExport, module_tensors
+from kinetok.model.graphs.precision import Precision
 
 CAPACITY = 30
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kinetok.errors import UserError
-from kinetok.export.detokenizer import DetokenizerExport, context
+from kinetok.model.graphs.detokenizer import DetokenizerExport, context
 
 MEAN, STD = np.linspace(-1, 1, 272), np.linspace(0.5, 2, 272)
 VARIANTS = [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kinetok.errors import UserError
-from kinetok.export.graph import ALIGNMENT, Graph, WeightFile, check_model
+from kinetok.model.graphs.builder import ALIGNMENT, Graph, WeightFile, check_model
 
 
 def test_a_weight_is_made_once_written_at_once_and_forgotten() -> None:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from kinetok.export import ops
-from kinetok.export.graph import Graph, WeightFile
 from kinetok.kernels.attention import reference as attention_reference
 from kinetok.kernels.fsq import reference as fsq_reference
 from kinetok.kernels.norm import reference as norm_reference
 from kinetok.kernels.rotary import reference as rotary_reference
 from kinetok.kernels.wavelet import reference as wavelet_reference
+from kinetok.model.graphs import ops
+from kinetok.model.graphs.builder import Graph, WeightFile
 
 OPSETS = pytest.mark.parametrize("opset", [18, 23])
 F32 = np.dtype(np.float32)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kinetok.errors import UserError
-from kinetok.export.precision import Precision, dequantize, quantize, to_numpy
+from kinetok.model.graphs.precision import Precision, dequantize, quantize, to_numpy
 
 
 @settings(max_examples=40, deadline=None)

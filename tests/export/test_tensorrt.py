@@ -15,13 +15,13 @@ import torch
 
 from kinetok.errors import UserError
 from kinetok.export import tensorrt as module
-from kinetok.export.decoder import DecoderExport, module_tensors
 from kinetok.export.engine_builder import EngineBuilder, Sizes
-from kinetok.export.graph import BFLOAT16, WeightFile, check_model
-from kinetok.export.precision import BLOCK, TENSORRT_PRECISIONS, Precision, dequantize, quantize
 from kinetok.export.tensorrt import OPSET, TIMINGS, check_targets, export_engines, write_graphs
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
+from kinetok.model.graphs.builder import BFLOAT16, WeightFile, check_model
+from kinetok.model.graphs.decoder import DecoderExport, module_tensors
+from kinetok.model.graphs.precision import BLOCK, TENSORRT_PRECISIONS, Precision, dequantize, quantize
 from kinetok.model.pretrained import load_pretrained
 from kinetok.runtime.engines import LIBRARIES, library, log_into, read_engines
 

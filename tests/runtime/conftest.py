@@ -155,10 +155,10 @@ def stand_in() -> ModuleType:
 @pytest.fixture(scope="session")
 def stand_in_engines(stand_in, engine_folder, tmp_path_factory) -> Callable[..., Engines]:
     """Engines of a decoder for the stand-in, of the graphs that the real ones are built from."""
-    from kinetok.export.decoder import DecoderExport, module_tensors
-    from kinetok.export.graph import WeightFile
-    from kinetok.export.precision import Precision
     from kinetok.export.tensorrt import OPSET
+    from kinetok.model.graphs.builder import WeightFile
+    from kinetok.model.graphs.decoder import DecoderExport, module_tensors
+    from kinetok.model.graphs.precision import Precision
 
     def write(
         decoder: MotionDecoder, dtype: str = "fp32", positions: int = 64, batches: tuple[int, ...] = (1, 4)

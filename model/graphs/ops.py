@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kinetok.export.graph import Graph
 from kinetok.kernels.fsq.reference import level_constants
 from kinetok.kernels.wavelet.reference import SCALING, wavelet_filter
+from kinetok.model.graphs.builder import Graph
 
 
 def rms_norm(g: Graph, x: str, scale: str, dtype: np.dtype, eps: float = 1e-5) -> str:

@@ -11,10 +11,10 @@ import numpy as np
 from torch import nn
 
 from kinetok.errors import UserError
-from kinetok.export.graph import Graph, Weights
-from kinetok.export.ops import fsq_dequantize, gelu, idwt, layer_norm, silu
 from kinetok.kernels.wavelet.op import GAINS
 from kinetok.kernels.wavelet.reference import SCALING
+from kinetok.model.graphs.builder import Graph, Weights
+from kinetok.model.graphs.ops import fsq_dequantize, gelu, idwt, layer_norm, silu
 from kinetok.model.streaming import whole_clip_reason
 from kinetok.model.tokenizer import Conv, MotionTokenizer, Residual
 from kinetok.motion.features import FEATURES

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from kinetok.export.decoder import DecoderExport, module_tensors
-from kinetok.export.detokenizer import DetokenizerExport
-from kinetok.export.graph import ELEMENTS, Make, TensorProto
-from kinetok.export.precision import Precision
 from kinetok.model.decoder import MotionDecoder
+from kinetok.model.graphs.builder import ELEMENTS, Make, TensorProto
+from kinetok.model.graphs.decoder import DecoderExport, module_tensors
+from kinetok.model.graphs.detokenizer import DetokenizerExport
+from kinetok.model.graphs.precision import Precision
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.features import FEATURES
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.export.graph import BFLOAT16, MICROSOFT, Graph, TensorProto
+from kinetok.model.graphs.builder import BFLOAT16, MICROSOFT, Graph, TensorProto
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 TENSORRT_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")  # ONNX Runtime has no bf16 kernels for a CPU

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from kinetok.export.graph import Graph, Weights
-from kinetok.export.ops import attention, rms_norm, rotate, silu
-from kinetok.export.precision import Precision, Tensors, linear, to_numpy
 from kinetok.kernels.rotary import rotary_table
 from kinetok.model.config import DecoderConfig
+from kinetok.model.graphs.builder import Graph, Weights
+from kinetok.model.graphs.ops import attention, rms_norm, rotate, silu
+from kinetok.model.graphs.precision import Precision, Tensors, linear, to_numpy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
