@@ -4,12 +4,12 @@
 #include "check.hpp"
 
 struct Host {
-  explicit Host(uint32_t characters, uint32_t flags = KT_OPEN_NO_TEXT, uint32_t ahead_frames = 0, const std::string& bundle = bundle_folder) {
+  explicit Host(uint32_t characters, uint32_t flags = KT_OPEN_NO_TEXT, uint32_t ahead_frames = 0) {
     auto options = sized<kt_model_options>();
     options.characters = characters;
     options.flags = flags | KT_OPEN_NO_HASHES;  // test_api.cpp looks at hashes
     options.ahead_frames = ahead_frames;
-    CHECK_STATUS(KT_OK, kt_model_open(bundle.c_str(), &options, &model));
+    CHECK_STATUS(KT_OK, kt_model_open(bundle_folder.c_str(), &options, &model));
   }
   ~Host() { kt_model_close(model); }
   Host(const Host&) = delete;
