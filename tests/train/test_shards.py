@@ -140,8 +140,9 @@ def test_a_clip_whose_bytes_have_changed_is_noticed(store: Path) -> None:
     content[int(clips.offset[3]) + 5000] ^= 1
     path.write_bytes(content)
     for call in (lambda: ClipStore(store).read(3), lambda: check_store(ClipStore(store))):
-        with pytest.raises(UserError, match=r"000000\.tar.*the bytes have changed.*import the data again"):
+        with pytest.raises(UserError, match=r"000000\.tar.*the bytes have changed.*import the data again") as told:
             call()
+        assert str(told.value).count("import the data again") == str(told.value).count(".tar") == 1
     assert len(ClipStore(store).read(4)) > 0
 
 

@@ -52,7 +52,7 @@ def _check_clip(store: ClipStore, clip: int, file: io.BufferedReader, size: int)
         raise UserError(f"{clip:09d}.npy is at {at}, the index has it at {store.offset[clip]}")
     _member(file, f"{clip:09d}.npy", int(store.bytes[clip]), size)
     try:
-        check_features(store.read(clip), 1)  # which compares the bytes with their checksum
+        check_features(store.checked(clip), 1)  # which compares the bytes with their checksum
     except UserError as error:
         raise UserError(f"{clip:09d}.npy: {error}") from error
 

@@ -233,10 +233,18 @@ class ClipStore:
 
     def read(self, clip: int) -> NDArray[np.float32]:
         """The features float32 ``[T, 272]`` of clip number ``clip``. ``UserError`` where its bytes are something else."""
-        number, size = int(self.shard[clip]), int(self.bytes[clip])
         try:
-            file = self._file(number)
-            content = os.pread(file.handle, size, int(self.offset[clip]))
+            return self.checked(clip)
+        except UserError as error:
+            raise UserError(
+                f"{self.folder / SHARDS / self.shards[int(self.shard[clip])][0]}: {error}; import the data again"
+            ) from error
+
+    def checked(self, clip: int) -> NDArray[np.float32]:
+        """``read``, for who names the shard in an error."""
+        try:
+            file = self._file(int(self.shard[clip]))
+            content = os.pread(file.handle, int(self.bytes[clip]), int(self.offset[clip]))
             if zlib.crc32(content) != self.crc[clip]:
                 raise UserError("the bytes have changed (their checksum is another)")
             features = read_features(content)
@@ -244,8 +252,7 @@ class ClipStore:
                 raise UserError(f"got {features.dtype} {list(features.shape)}")
         except (OSError, UserError) as error:
             raise UserError(
-                f"{self.folder / SHARDS / self.shards[number][0]}: expected features [{int(self.frames[clip])}, "
-                f"{FEATURES}] of the clip {self.id(clip)!r}, but {error}; import the data again"
+                f"expected features [{int(self.frames[clip])}, {FEATURES}] of the clip {self.id(clip)!r}, but {error}"
             ) from error
         return features.copy()  # one that may be written to
 
