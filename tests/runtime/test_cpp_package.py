@@ -93,7 +93,11 @@ def folder(tmp_path_factory) -> Path:
 def _build(cpp, folder: Path, **options: object) -> Path:
     chosen = {"ONNXRUNTIME_ROOT": "", "KINETOK_LINK_ONNXRUNTIME": "OFF", "BUILD_SHARED_LIBS": "ON", **options}
     return cpp.build(
-        folder, "kinetok", CMAKE_BUILD_TYPE="None", CMAKE_CXX_FLAGS="-O0 -Werror -pedantic-errors", **chosen
+        folder,
+        "kinetok",
+        CMAKE_BUILD_TYPE="None",
+        CMAKE_CXX_FLAGS="-O0 -Werror -pedantic-errors -Wconversion -Wsign-conversion",
+        **chosen,
     )
 
 
