@@ -118,7 +118,8 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[st
     """Rows that both files have, with ``ratio`` (above 1: faster now), ``noise`` and whether it is a ``regression``.
 
     The noise of a row is the middle half's spread of its repeats, relative to their median; two rows differ when their
-    medians do by more than both noises together, and by more than 3 %. Raises ``UserError`` when no row is in both.
+    medians do by more than both noises together, and by more than 3 %, of
+    the quicker one: however noisy, one that takes many times as long is slower. Raises ``UserError`` when no row is in both.
     """
     old = {key_of(row): row for row in before["rows"]}
     result = []
@@ -129,7 +130,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[st
         ratio = statistics.median(old[key]["seconds"]) / statistics.median(row["seconds"])
         noise = max(LEAST_NOISE, quantile_noise(old[key]["seconds"]) + quantile_noise(row["seconds"]))
         result.append(
-            {**dict(zip(KEY, key, strict=True)), "ratio": ratio, "noise": noise, "regression": ratio < 1 - noise}
+            {**dict(zip(KEY, key, strict=True)), "ratio": ratio, "noise": noise, "regression": ratio * (1 + noise) < 1}
         )
     if not result:
         raise UserError(f"the two files have no row in common: a row is named by its {', '.join(KEY)}")

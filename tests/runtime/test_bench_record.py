@@ -38,6 +38,7 @@ def report(*seconds: float, **changes) -> dict:
         ((1, 1, 1, 1, 1), (0.5, 0.5, 0.5, 0.5, 0.5), False),
         ((0.9, 0.95, 1, 1.05, 1.2), (1.0, 1.0, 1.1, 1.1, 1.2), False),  # within what the repeats vary
         ((1, 1, 1, 1, 9), (1.2, 1.2, 1.2, 1.2, 9), True),  # one slow repeat is not noise enough
+        ((0.5, 0.5, 1, 1.6, 1.6), (20, 20, 40, 64, 64), True),  # noise of more than the whole hides no forty-fold
     ],
 )
 def test_compare(before: tuple, after: tuple, regression: bool) -> None:
