@@ -94,7 +94,8 @@ class Scheduler:
         return twin
 
     def redirect(self, character: Character, job: Job, carry: int) -> None:
-        """Go on with another job: its text and the last ``carry`` tokens are prefilled into the slots, the old text is gone.
+        """Go on with another job: its text and the last ``carry`` tokens are prefilled into the slots, the old text is gone;
+        fewer tokens where a long text leaves no room for them.
 
         Raises ``UserError`` for a character that is over, and for a job that does not fit.
         """
@@ -103,7 +104,7 @@ class Scheduler:
             raise UserError(f"expected a character that is under way, this one is {character.state}")
         if len(job.texts) != len(character.job.texts):
             raise UserError("guidance cannot be switched on or off while a character is under way")
-        character.job, character.carry = job, max(1, carry)
+        character.job, character.carry = job, max(1, min(carry, job.window))
         character.seen, character.ahead, character.noise = None, None, None
 
     def step(self, now: float | None = None) -> list[Character]:

@@ -48,6 +48,14 @@ def test_a_new_prompt_takes_over(engine) -> None:
         engine.stream("a person runs").redirect(" ")
 
 
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_a_new_prompt_that_leaves_room_for_one_token_carries_one(soak, backend: str) -> None:
+    with soak.small_engine(positions=6, backend=backend).stream("walk", seconds=float("inf")) as stream:
+        before = [next(stream) for _ in range(4)]
+        stream.redirect("run fast a bit")  # five positions of six; two tokens would be carried otherwise
+        assert [len(block) for block in before + [next(stream) for _ in range(4)]] == [2] * 8
+
+
 def test_what_a_stream_refuses(engine, soak) -> None:
     with pytest.raises(UserError, match="speed"):
         engine.stream("a person runs", speed=2)
