@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports Triton, which decides then how its kernels run
     os.environ["TRITON_INTERPRET"] = "1"
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell leaves it to its background jobs; Ctrl-C is tested
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 # ``python -m pytest`` puts the current folder first, where transformers would take our bare kernels/ for a package of its own.
