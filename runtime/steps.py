@@ -10,6 +10,7 @@ from kinetok.errors import UserError
 from kinetok.kernels.sampling import draw, guide, gumbel
 from kinetok.model.config import DecoderConfig
 from kinetok.runtime.backends import Backend, DrawingBackend
+from kinetok.runtime.backends.threads import threads_for
 from kinetok.runtime.character import Character, Seen
 from kinetok.runtime.memory import memory_plan
 
@@ -123,6 +124,10 @@ class HostSteps(Steps):
         self.config = config
 
     def tokens(self, characters: Sequence[Character]) -> list[tuple[Character, int | None]]:
+        with threads_for(self.backend):
+            return self._tokens(characters)
+
+    def _tokens(self, characters: Sequence[Character]) -> list[tuple[Character, int | None]]:
         late: list[Character] = []
         due: list[Character] = []
         for character in characters:

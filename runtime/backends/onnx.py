@@ -15,6 +15,7 @@ from kinetok.model.decoder import MotionDecoder
 from kinetok.model.streaming import ENDLESS
 from kinetok.motion.features import FEATURES
 from kinetok.runtime.backends.graphs import Cache, CacheShape, GraphBackend, Run, SlotSteps
+from kinetok.runtime.backends.threads import torch_threads
 from kinetok.runtime.backends.torch import TorchBackend
 from kinetok.runtime.bundle import Bundle
 from kinetok.runtime.manifest import MANIFEST, interface
@@ -123,6 +124,7 @@ class OnnxBackend(GraphBackend):
             layers=sizes["layers"], heads=sizes["heads"], length=capacity, head_dim=sizes["head_dim"], dtype=_DTYPES[kv]
         )
         prefill, decode = (partial(bound, open_session(bundle, name, place)) for name in ("prefill", "decode"))
+        self.own_threads = place.type == "cpu"
         super().__init__(shape, slots, capacity, sizes["logits"], place, prefill, decode)
 
 
@@ -133,6 +135,7 @@ class LiveOnnxBackend(TorchBackend):
     """
 
     single_rows = False
+    own_threads = True
 
     def __init__(self, decoder: MotionDecoder, slots: int, capacity: int) -> None:
         super().__init__(decoder, slots, capacity)
@@ -141,6 +144,7 @@ class LiveOnnxBackend(TorchBackend):
                 "backend onnx: expected plain fp32 weights on a CPU; make a bundle with kinetok export onnx MODEL --out DIR, "
                 "and name it as onnx:DIR"
             )
+        self._threads = torch.get_num_threads()
         bind = partial(bound, live_session(decoder, "decode_graph"))
         self._step = SlotSteps(bind, slots, capacity, decoder.config.head_rows, self._cache)
         self.slab.zero_()
@@ -149,8 +153,9 @@ class LiveOnnxBackend(TorchBackend):
     @torch.inference_mode()
     def prefill(self, slot: int, text: Tensor, tokens: Sequence[int] = ()) -> Tensor:
         # What is masked still counts as zero times its value: an earlier row's NaN must not come back.
-        self.slab[:, :, slot] = 0
-        return super().prefill(slot, text, tokens)
+        with torch_threads(self._threads):
+            self.slab[:, :, slot] = 0
+            return super().prefill(slot, text, tokens)
 
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Tensor) -> Tensor:

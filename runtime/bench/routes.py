@@ -20,6 +20,7 @@ from kinetok.model.decoder import MotionDecoder
 from kinetok.model.pretrained import ModelBundle, build
 from kinetok.runtime.backends import Backend, DrawingBackend, Reading, open_backend
 from kinetok.runtime.backends.auto import choose_backend
+from kinetok.runtime.backends.threads import threads_for
 from kinetok.runtime.bench.subject import own_copy
 
 Mark = Callable[[], None]
@@ -90,8 +91,11 @@ class Backended:
     def run(self, features: Tensor, count: int, mark: Mark) -> Tensor:
         if isinstance(self.backend, DrawingBackend):
             return self._drawn(self.backend, features, count, mark)
-        backend, config = self.backend, self.decoder.config
-        slots = range(len(features))
+        with threads_for(self.backend):
+            return self._picked(self.backend, features, count, mark)
+
+    def _picked(self, backend: Backend, features: Tensor, count: int, mark: Mark) -> Tensor:
+        config, slots = self.decoder.config, range(len(features))
         logits = torch.stack([backend.prefill(slot, features[slot]) for slot in slots])
         tokens = [_pick(logits, config)]
         mark()

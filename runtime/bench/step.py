@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kinetok.errors import UserError
 from kinetok.runtime.backends import Backend, DrawingBackend, open_backend
+from kinetok.runtime.backends.threads import threads_for
 from kinetok.runtime.bench.checks import greedy
 from kinetok.runtime.bench.clock import Marks, Memory, release, spread
 from kinetok.runtime.bench.decode import one_line, too_big
@@ -70,7 +71,8 @@ class Runs:
             self.backend.copy(self.spare[position], slot)
         first = self.first[position].expand(len(self.slots)).clone()
         run = self._drawn if isinstance(self.backend, DrawingBackend) else self._decoded
-        marks, tokens = run(first)
+        with threads_for(self.backend):
+            marks, tokens = run(first)
         return [ms / 1e3 for ms in inter_token([marks.seconds()])], torch.stack([first, *tokens], 1)
 
     def _decoded(self, first: Tensor) -> tuple[Marks, list[Tensor]]:

@@ -10,6 +10,9 @@ from kinetok.model.decoder import MotionDecoder
 from kinetok.runtime import memory
 from kinetok.runtime.backends import auto
 from kinetok.runtime.backends.auto import choose_backend
+from kinetok.runtime.backends.onnx import LiveOnnxBackend
+from kinetok.runtime.backends.threads import threads_for, torch_threads
+from kinetok.runtime.backends.torch import TorchBackend
 
 
 @pytest.fixture
@@ -36,3 +39,22 @@ def test_what_the_live_graph_cannot_hold_is_torchs(decoder) -> None:
     )
     decoder.float().blocks[0].qkv = torch.nn.Identity()
     assert choose_backend(decoder).name == "torch"
+
+
+def test_torch_has_one_thread_while_another_library_works(decoder) -> None:
+    before = torch.get_num_threads()
+    seen = []
+
+    class Stand:
+        own_threads = True
+
+    with threads_for(Stand()):
+        seen.append(torch.get_num_threads())
+        with torch_threads(3):
+            seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads())
+    Stand.own_threads = False
+    with torch_threads(2), threads_for(Stand()):
+        seen.append(torch.get_num_threads())
+    assert seen == [1, 3, 1, 2] and torch.get_num_threads() == before
+    assert LiveOnnxBackend(decoder.eval(), 1, 8).own_threads and not hasattr(TorchBackend(decoder, 1, 8), "own_threads")
