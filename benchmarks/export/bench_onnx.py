@@ -28,6 +28,7 @@ from kinetok.model.presets import decoder_preset
 from kinetok.model.pretrained import ModelBundle, build, load_pretrained
 from kinetok.runtime.backends import Backend, open_backend
 from kinetok.runtime.backends.onnx import ONE_THREAD
+from kinetok.runtime.backends.threads import threads_for
 from kinetok.runtime.bench.clock import read_bandwidth
 from kinetok.runtime.bench.machine import machine
 
@@ -44,10 +45,11 @@ def steps(backend: Backend, text: torch.Tensor, rows: int) -> Callable[[], float
             backend.prefill(slot, text)
         token = torch.full((rows,), 3)
         backend.decode(range(rows), token)
-        began = time.perf_counter()
-        for _ in range(STEPS):
-            backend.decode(range(rows), token)
-        return (time.perf_counter() - began) / STEPS
+        with threads_for(backend):  # as an engine does
+            began = time.perf_counter()
+            for _ in range(STEPS):
+                backend.decode(range(rows), token)
+            return (time.perf_counter() - began) / STEPS
 
     return run
 
