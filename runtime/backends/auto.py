@@ -18,8 +18,8 @@ class Chosen(NamedTuple):
 
 
 def choose_backend(decoder: MotionDecoder) -> Chosen:
-    """On a GPU torch; on a CPU ONNX Runtime where it can run the decoder, for it took a third to a half of torch's time
-    (docs/benchmarks.md), otherwise torch."""
+    """On a GPU torch; on a CPU ONNX Runtime where it can run the decoder, for it was 1.5 to 2.5 times as fast
+    as torch (benchmarks/results/onnx_cpu.json), otherwise torch."""
     weight = decoder.embed.weight
     if weight.device.type != "cpu":
         return Chosen("torch", "the fused kernels have not been measured on a GPU yet: ask for the backend fused")
