@@ -95,7 +95,7 @@ if part runtime; then
   bench stream_7B_causal 45 stream --dtype bf16 --seconds 4 --causal
   # 26 GB more, in fp32, and the slowest: a run of its own.
   bench decode_7B_uncached 100 decode --dtype bf16 --tokens 150 --peers uncached
-  bench positions_7B 45 step --dtype bf16 --positions 30,300 --steps 2
+  bench positions_7B 45 step --dtype bf16 --positions 30,300
   bench decode_7B_fp8 60 decode --dtype fp8 --kv fp8 --tokens 150
   # A whole engine: draws, tokenizer and frames on the host for everyone; 95 positions of text and 150 tokens are 170 on average.
   bench crowd_7B 60 crowd --dtype bf16 --characters 64 --text 95 --seconds 10

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kinetok.errors import UserError
@@ -90,6 +91,22 @@ class OneProcess:
     def plain(self, value: Tensor) -> Tensor:
         """A number of which every process has a share, as a whole."""
         return value
+
+    def divide(
+        self, folder: Path, fits: NDArray[np.bool_], splits: NDArray[np.str_], what: str, batch: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The clips of a store that fit, of the splits train and val. ``UserError`` where one is empty, or where there are
+        more processes than clips to train on, or than a batch has. what: which clips fit, for the error."""
+        train, held_out = (np.flatnonzero(fits & (splits == name)) for name in ("train", "val"))
+        if not len(train) or not len(held_out):
+            raise self.error(
+                f"{folder}: expected clips {what} in the splits train and val, got {len(train)} and {len(held_out)}"
+            )
+        if self.world > min(len(train), batch):
+            raise self.error(
+                f"more processes than data: {self.world} processes for {len(train)} clips {what} in batches of {batch}"
+            )
+        return train, held_out
 
     def checkpoints(self, run: Path) -> Checkpoints:
         return FileCheckpoints(run)

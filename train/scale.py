@@ -53,18 +53,8 @@ class PackedTask:
         self.recipe, self.data, self.processes = recipe, data, processes
         self.engine = engine or Engine()
         fits = (data.lengths >= recipe.min_tokens) & (data.lengths <= recipe.max_tokens)
-        self.train, self.held_out = (np.flatnonzero(fits & (data.splits == name)) for name in ("train", "val"))
         most = f"of {recipe.min_tokens} to {recipe.max_tokens} tokens"
-        if not len(self.train) or not len(self.held_out):
-            raise processes.error(
-                f"{data.folder}: expected clips {most} in the splits train and val, "
-                f"got {len(self.train)} and {len(self.held_out)}"
-            )
-        if processes.world > min(len(self.train), recipe.batch):
-            raise processes.error(
-                f"more processes than data: {processes.world} processes for {len(self.train)} clips {most} "
-                f"in batches of {recipe.batch}"
-            )
+        self.train, self.held_out = processes.divide(data.folder, fits, data.splits, most, recipe.batch)
         self.held_out = self.held_out[:HELD_OUT]
         self.feed = Feed(
             recipe,

@@ -98,18 +98,8 @@ class WindowTask:
     def __init__(self, recipe: StoreTokenizerRecipe, store: ClipStore, processes: OneProcess) -> None:
         self.recipe, self.store, self.processes = recipe, store, processes
         long = store.frames >= recipe.frames
-        self.train, self.held_out = (np.flatnonzero(long & (store.splits == name)) for name in ("train", "val"))
         what = f"of {recipe.frames} frames or more"
-        if not len(self.train) or not len(self.held_out):
-            raise processes.error(
-                f"{store.folder}: expected clips {what} in the splits train and val, "
-                f"got {len(self.train)} and {len(self.held_out)}"
-            )
-        if processes.world > min(len(self.train), recipe.batch):
-            raise processes.error(
-                f"more processes than data: {processes.world} processes for {len(self.train)} clips {what} "
-                f"in batches of {recipe.batch}"
-            )
+        self.train, self.held_out = processes.divide(store.folder, long, store.splits, what, recipe.batch)
         self.held_out = self.held_out[:HELD_OUT]
         some = np.random.default_rng(0).permutation(self.train)[:MEASURED]
         self.mean, self.std = processes.agree(lambda: streamed_mean_std(store.read(int(clip)) for clip in some))

@@ -24,7 +24,7 @@ bench() {
 }
 
 bench "decode_$PRESET" decode --preset "$PRESET" --tokens 50,150 --peers uncached,hf,compile,graph,ort
-bench "step_$PRESET" step --preset "$PRESET" --positions 30,300 --steps 2
+bench "step_$PRESET" step --preset "$PRESET" --positions 30,300
 # An engine of the default model works with one thread, so that a busy neighbour core does not hold it up.
 bench stream stream --threads 1
 bench crowd crowd --characters 1,8,16,32 --seconds 2 --threads 1

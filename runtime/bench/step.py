@@ -36,7 +36,7 @@ class StepSettings:
     batch: Sequence[int] = (1,)
     positions: Sequence[int] = (30, 300)
     text: int = 20
-    steps: int = 10
+    steps: int = 2
     repeats: int = 10
     note: str = ""
 

@@ -72,7 +72,7 @@ def test_step(kinetok, refused, model, tmp_path) -> None:
     assert outcome.code == 0 and outcome.out.count("times the first position's") == 4, outcome
     rows = record.read(tmp_path / "p.json")["rows"]
     assert [(row["batch"], row["context"]) for row in rows] == [(1, 30), (1, 60), (2, 30), (2, 60)]
-    assert "need at least 26" in refused("bench", "step", "--positions", "10")
+    assert "need at least 22" in refused("bench", "step", "--positions", "10")
 
 
 def test_tokenizer(kinetok, model, tmp_path) -> None:

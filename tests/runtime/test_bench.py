@@ -9,6 +9,7 @@ import torch
 
 from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig, TokenizerConfig
+from kinetok.model.presets import decoder_preset
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.runtime import generate_tokens
 from kinetok.runtime.bench import checks, decode, figures, live, record, routes, schema, step, subject, tokenizer
@@ -255,9 +256,9 @@ def test_a_clip_that_does_not_fit_is_refused(tiny) -> None:
     with pytest.raises(UserError, match="this model has 64"):
         decode.measure(settings(tokens=(62,)), lambda line: None)
     with pytest.raises(UserError, match="at most 64, this takes 65"):
-        step.measure(step.StepSettings(device=CPU, positions=(60,)), lambda line: None)
-    with pytest.raises(UserError, match="need at least 26"):
-        step.StepSettings(device=CPU, positions=(25,))
+        step.measure(step.StepSettings(device=CPU, positions=(64,)), lambda line: None)
+    with pytest.raises(UserError, match="need at least 22"):
+        step.StepSettings(device=CPU, positions=(21,))
 
 
 @pytest.mark.parametrize(("backend", "kv"), [("torch", "auto"), ("fused", "auto"), ("fused", "fp8")])
@@ -347,3 +348,8 @@ def test_spread_by_hand() -> None:
     assert found["mean_itl_ms"] == found["median_itl_ms"] == found["p50_itl_ms"] == 50
     assert found["p95_itl_ms"] == 95 and found["p99_itl_ms"] == 99
     assert spread("itl", [2.0])["p99_itl_ms"] == 2.0
+
+
+def test_a_steps_own_settings_fit_the_papers_models() -> None:
+    asked = step.StepSettings(device=CPU)
+    assert max(asked.positions) - asked.steps // 2 + asked.steps <= decoder_preset(asked.preset).block_size

@@ -131,7 +131,7 @@ def step(
         str, typer.Option(help="Text and motion that a step sees; a comma list measures each.")
     ] = "30,300",
     text: Text = 20,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of a run, around the position.")] = 10,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of a run, around the position.")] = 2,
     repeats: Repeats = 10,
     threads: Threads = None,
     json_file: Json = None,
