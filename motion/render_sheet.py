@@ -245,7 +245,9 @@ def _feet(sheet: Sheet, plan: _Plan) -> None:
         sheet.box(start - 3, top, end + 3, top + 15, STAGE, 7)
         change = np.flatnonzero(np.diff(np.concatenate([[False], standing, [False]]).astype(np.int8)))
         for on, off in change.reshape(-1, 2).tolist():
-            sheet.box(start + (on - 0.45) * step, top, start + (off - 0.55) * step, top + 15, tint(colour, 0.15), 5)
+            # Half a frame to either side, which in a clip of a few frames would reach into the names.
+            left, right = max(start + (on - 0.45) * step, start - 3), min(start + (off - 0.55) * step, end + 3)
+            sheet.box(left, top, right, top + 15, tint(colour, 0.15), 5)
     for frame in plan.keys:
         x = start + frame * step
         sheet.box(x - 0.75, y - 8, x + 0.75, y + 44, QUIET)
