@@ -25,8 +25,8 @@ def torch_threads(count: int) -> Iterator[None]:
 def threads_for(backend: Backend) -> Iterator[None]:
     """Around the steps of a backend and what torch does between them.
 
-    torch's threads spin for a while after each operator and hold up those of another library: with them a step of the 111M
-    shape in ONNX Runtime took a third longer on two cores. So where ``backend.own_threads``, torch works on one inside.
+    torch's threads spin for a while after each operator and hold up those of another library on the same cores. So where
+    ``backend.own_threads``, torch works on one inside.
     """
     with torch_threads(1 if getattr(backend, "own_threads", False) else torch.get_num_threads()):
         yield
