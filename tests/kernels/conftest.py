@@ -26,6 +26,10 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     pytest.importorskip("triton", reason="triton is not installed, so there are no kernels to run")
     if os.environ.get("TRITON_INTERPRET") == "1":
         _mend_bfloat16(monkeypatch)
+    # torch lists its constructors when a device is first entered, and keeps the list. With ours on it in place of torch.empty,
+    # "meta" would hold nowhere after this test: a 5B decoder was built on the CPU that way.
+    with torch.device("meta"):
+        torch.empty(0)
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     return lambda family: importlib.import_module(f"kinetok.kernels.{family}.triton")
