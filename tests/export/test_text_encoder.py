@@ -45,13 +45,13 @@ def test_the_vocabulary_is_the_tokenizers(minilm) -> None:
 @pytest.mark.parametrize(
     ("changes", "precision", "opset", "tolerance"),
     [
-        ({}, "fp32", 23, 1e-5),
-        ({}, "fp32", 18, 1e-5),
+        ({}, "fp32", 23, 3e-5),
+        ({}, "fp32", 18, 3e-5),
         ({}, "fp16", 23, 5e-3),
         ({}, "int8", 23, 0.1),
         # An attention that is wider than the model, a lone activation, other buckets: the structure's other switches.
-        ({"d_kv": 12, "feed_forward_proj": "relu", "relative_attention_num_buckets": 8}, "fp32", 23, 1e-5),
-        ({"feed_forward_proj": "gated-silu", "num_layers": 3, "relative_attention_max_distance": 20}, "fp32", 23, 1e-5),
+        ({"d_kv": 12, "feed_forward_proj": "relu", "relative_attention_num_buckets": 8}, "fp32", 23, 3e-5),
+        ({"feed_forward_proj": "gated-silu", "num_layers": 3, "relative_attention_max_distance": 20}, "fp32", 23, 3e-5),
     ],
 )
 def test_t5_over_lengths_from_one_id_to_512(folder_of_graphs, t5_folder, changes, precision, opset, tolerance) -> None:

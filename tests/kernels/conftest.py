@@ -25,7 +25,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """``launcher("fsq")`` is ``kinetok.kernels.fsq.triton``; whatever it allocates by torch.empty* starts as NaN."""
     pytest.importorskip("triton", reason="triton is not installed, so there are no kernels to run")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _mend_bfloat16(monkeypatch)
+        _mend_interpreter(monkeypatch)
     # torch lists its constructors when a device is first entered, and keeps the list. With ours on it in place of torch.empty,
     # "meta" would hold nowhere after this test: a 5B decoder was built on the CPU that way.
     with torch.device("meta"):
@@ -45,11 +45,13 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     return allocate_and_fill
 
 
-def _mend_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Round bfloat16 casts to nearest even and multiply matrices by value; refuse other bfloat16 arithmetic.
+def _mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round bfloat16 casts to nearest even and refuse other bfloat16 arithmetic; sum floating-point products in float64.
 
     The interpreter keeps bfloat16 as its 16 bits: it truncates when it casts and adds, multiplies and reduces the bits
     as whole numbers. Kernels therefore go to float32 first, and one that does not fails here instead of passing on luck.
+    It multiplies matrices by NumPy's BLAS, whose sums depend on a row's place in its tile and on the processor: a GPU's
+    do not, and rounded from float64 these do not either.
     """
     from triton import language as tl
     from triton.runtime import interpreter
@@ -70,9 +72,12 @@ def _mend_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
             return handle(single.bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
         return cast(self, source, target)
 
-    def create_dot(self, a, b, *rest):
+    def create_dot(self, a, b, d, *rest):
         a, b = (widened(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return dot(self, a, b, *rest)
+        if not np.issubdtype(a.data.dtype, np.floating):
+            return dot(self, a, b, d, *rest)
+        total = a.data.astype(np.float64) @ b.data.astype(np.float64) + d.data
+        return handle(total.astype(d.data.dtype), d.dtype.scalar)
 
     def binary_op(self, left, right, op):
         assert left.dtype.scalar != tl.bfloat16, "bfloat16 arithmetic in a kernel: go to float32 first"
