@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kinetok.errors import UserError, missing_package
-from kinetok.files import whole_directory, whole_file
+from kinetok.files import check_directory, whole_directory, whole_file
 from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.packed import Quantisation, hollow
@@ -26,6 +26,7 @@ from kinetok.motion.skeleton import JOINT_NAMES, JOINTS, PARENTS
 
 MANIFEST = "kinetok.json"
 STATS = "stats.safetensors"
+KIND = "a kinetok model"  # what an older folder must be to be replaced
 BANK = "bank.safetensors"
 VERSION = 1
 SHARD_BYTES = 2_000_000_000
@@ -137,6 +138,11 @@ def _replaceable(folder: Path) -> bool:
     return MANIFEST in names and all(name in ours or _SHARD.fullmatch(name) for name in names)
 
 
+def check_target(out: str | Path) -> None:
+    """``UserError`` where no model directory can be written for what is there, said before long work for one."""
+    check_directory(Path(out), _replaceable, KIND)
+
+
 def write_directory(
     out: str | Path,
     *,
@@ -184,7 +190,7 @@ def write_directory(
         text = json.dumps(manifest, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"expected text_encoder, sampling and provenance to be plain JSON values: {error}") from error
-    with whole_directory(Path(out), _replaceable, "a kinetok model") as folder:
+    with whole_directory(Path(out), _replaceable, KIND) as folder:
         for name, shards in parts.items():
             for file, tensors in zip(files[name], shards, strict=True):
                 if progress is not None:

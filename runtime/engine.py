@@ -19,7 +19,7 @@ from kinetok.model.packed import pack_in_place, parameter_count, unpack_in_place
 from kinetok.model.pretrained import ModelBundle, choose_device, load_pretrained, weight_bytes
 from kinetok.model.text import check_prompt
 from kinetok.motion import Motion
-from kinetok.runtime.backends import check_backend, open_backend
+from kinetok.runtime.backends import check_backend, check_names, open_backend
 from kinetok.runtime.backends.auto import Chosen, choose_backend
 from kinetok.runtime.character import Job
 from kinetok.runtime.crowd import Crowd, Update
@@ -45,6 +45,7 @@ def load(path_or_id: str | Path | None = None, device: str = "auto", dtype: str 
     packed here, without a second copy. Raises ``UserError`` for what is not an
     intact model, and, saying what would fit, where the memory is not there.
     """
+    check_names(limits.get("backend", "auto"), limits.get("kv", "auto"))  # before reading gigabytes
     need = weight_bytes(path_or_id, device, dtype)
     with within_memory(f"the model {path_or_id or 'default'}", need, choose_device(device)):
         model = load_pretrained(path_or_id, device, dtype)

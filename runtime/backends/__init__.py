@@ -135,18 +135,29 @@ def _tensorrt(model: ModelBundle, slots: int, capacity: int, folder: str) -> Bac
 BACKENDS: dict[str, Callable[..., Any]] = {"torch": _torch, "fused": _fused, "onnx": _onnx, "tensorrt": _tensorrt}
 
 
-def check_backend(name: str, model: ModelBundle, kv: str = "auto") -> None:
-    """Raise ``UserError`` for a backend that does not exist, or keys and values that it cannot keep of ``model``."""
+def check_names(name: str, kv: str = "auto") -> None:
+    """Raise ``UserError`` for a backend, or a kv with it, that no model can have; name may be "auto"."""
     kind, _, folder = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if kind not in BACKENDS or (folder and kind not in ("onnx", "tensorrt")):
+    if kind not in (*BACKENDS, "auto") or (folder and kind not in ("onnx", "tensorrt")):
         raise UserError(f"backend: expected one of auto, torch, fused, onnx, onnx:DIR, tensorrt:DIR, got {name!r}")
-    dtype = {value: name for name, value in FLOATS.items()}.get(model.decoder.embed.weight.dtype)
-    if kv not in ("auto", "fp8", dtype):
-        raise UserError(f"kv: this model keeps keys and values as auto, {dtype} (its weights' type) or fp8, got {kv!r}")
-    if kv == "fp8" and kind != "fused":
+    if kv not in ("auto", *FLOATS, "fp8"):
+        raise UserError(f"kv: expected one of auto, {', '.join(FLOATS)}, fp8, got {kv!r}")
+    if kv != "auto" and folder:
+        raise UserError(f"kv: expected auto, for kinetok export has fixed how {name} keeps keys and values; got {kv}")
+    if kv == "fp8" and kind not in ("fused", "auto"):
         raise UserError(
             f"kv: fp8 is for the backend fused alone, and this is {name}; use kv auto, or the backend fused"
         )
+
+
+def check_backend(name: str, model: ModelBundle, kv: str = "auto") -> None:
+    """Raise ``UserError`` for what ``check_names`` refuses, for "auto", and for a kv that ``model`` cannot have."""
+    if name == "auto":
+        raise UserError("backend: expected the name of one, got 'auto'")
+    check_names(name, kv)
+    dtype = {value: name for name, value in FLOATS.items()}.get(model.decoder.embed.weight.dtype)
+    if kv not in ("auto", "fp8", dtype):
+        raise UserError(f"kv: this model keeps keys and values as auto, {dtype} (its weights' type) or fp8, got {kv!r}")
 
 
 def open_backend(name: str, model: ModelBundle, slots: int, capacity: int, kv: str = "auto") -> Backend:

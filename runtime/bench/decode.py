@@ -12,6 +12,7 @@ from torch import Tensor
 from kinetok.errors import UserError
 from kinetok.model.streaming import StreamingDetokenizer, whole_clip_reason
 from kinetok.model.tokenizer import MotionTokenizer
+from kinetok.runtime.backends import check_names
 from kinetok.runtime.bench.checks import greedy
 from kinetok.runtime.bench.clock import Marks, Memory, release, spread
 from kinetok.runtime.bench.figures import bytes_of, characters, latencies, median_ratio, name_of, rates
@@ -50,6 +51,7 @@ class DecodeSettings:
         if unknown:
             raise UserError(f"unknown peers {unknown}: expected some of {', '.join(PEERS)}")
         check_dtype(self.dtype)
+        check_names(self.backend or "auto", self.kv)
         if self.repeats < 5:
             raise UserError(f"repeats: expected at least 5, got {self.repeats}")
         if min(self.batch, default=0) < 1 or min(self.tokens, default=0) < 2 or self.text < 1:

@@ -11,6 +11,7 @@ import torch
 
 from kinetok.errors import UserError
 from kinetok.model.config import FRAME_RATE
+from kinetok.runtime.backends import check_names
 from kinetok.runtime.bench.clock import Memory, release, spread
 from kinetok.runtime.bench.decode import one_line, too_big
 from kinetok.runtime.bench.figures import characters, name_of
@@ -47,6 +48,7 @@ class LiveSettings:
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
+        check_names(self.backend or "auto", self.kv)
         if self.repeats < 5 or min(self.characters, default=0) < 1 or self.text < 1:
             raise UserError("expected at least 5 repeats, one character and one text position")
         if not CHECKED_SECONDS <= self.seconds <= TRAINED_SECONDS:

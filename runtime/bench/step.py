@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.runtime.backends import Backend, DrawingBackend, open_backend
+from kinetok.runtime.backends import Backend, DrawingBackend, check_names, open_backend
 from kinetok.runtime.backends.threads import threads_for
 from kinetok.runtime.bench.checks import greedy
 from kinetok.runtime.bench.clock import Marks, Memory, release, spread
@@ -42,6 +42,7 @@ class StepSettings:
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
+        check_names(self.backend or "auto", self.kv)
         if self.repeats < 5 or self.steps < 2 or min(self.batch, default=0) < 1 or self.text < 1:
             raise UserError("expected at least 5 repeats, 2 steps, a batch of at least 1 and 1 text position")
         least = self.text + self.steps // 2 + 1

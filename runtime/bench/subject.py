@@ -14,7 +14,7 @@ from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig, TokenizerConfig
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.packed import KINDS, Quantisation, quantise, unpacked
-from kinetok.model.presets import decoder_preset
+from kinetok.model.presets import DECODERS, decoder_preset
 from kinetok.model.pretrained import ModelBundle, build, load_pretrained
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion.skeleton import CANONICAL_OFFSETS
@@ -117,6 +117,8 @@ def load(preset: str, model: str | None, device: torch.device, dtype: str, *, ca
     if model is not None or preset == "default":
         bundle = load_pretrained(model, device, floats)
     else:
+        if preset not in DECODERS:
+            raise UserError(f"preset: expected default or one of {', '.join(DECODERS)}, got {preset!r}")
         bundle = random_model(decoder_preset(preset), device, floats, causal=causal)
     name = f"{preset}, causal tokenizer" if causal and preset != "default" else preset
     if model is not None:

@@ -39,6 +39,30 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_file(path: Path) -> None:
+    """``UserError`` where no file ``path`` can be written, said before long work for it; nothing is made."""
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: expected the name of a file in a folder that can be written")
+
+
+def check_directory(out: Path, replaceable: Callable[[Path], bool], kind: str) -> None:
+    """``UserError`` where ``whole_directory`` would refuse ``out`` for what is there, said before long work for it."""
+    try:
+        if not out.exists():
+            return
+        if not out.is_dir():
+            raise UserError(f"cannot write {out}: expected a new folder or {kind}, but it is a file: name another")
+        if any(out.iterdir()) and not replaceable(out):
+            raise UserError(
+                f"cannot write {out}: expected a new folder or {kind}, but it holds other files: name another"
+            )
+        if out.samefile(Path.cwd()):  # which cannot be put in another's place
+            raise UserError(f"cannot write {out}: it is the folder that you are in: name another")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def whole_directory(out: Path, replaceable: Callable[[Path], bool], kind: str) -> Iterator[Path]:
     """Yield a temporary folder beside ``out`` that takes its place on success and is removed on failure.
@@ -48,16 +72,8 @@ def whole_directory(out: Path, replaceable: Callable[[Path], bool], kind: str) -
     """
     temporary: Path | None = None
     old: Path | None = None
+    check_directory(out, replaceable, kind)
     try:
-        if out.exists():
-            if not out.is_dir():
-                raise UserError(f"cannot write {out}: expected a new folder or {kind}, but it is a file: name another")
-            if any(out.iterdir()) and not replaceable(out):
-                raise UserError(
-                    f"cannot write {out}: expected a new folder or {kind}, but it holds other files: name another"
-                )
-            if out.samefile(Path.cwd()):  # which cannot be put in another's place
-                raise UserError(f"cannot write {out}: it is the folder that you are in: name another")
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         yield temporary

@@ -113,7 +113,8 @@ def test_random_weights_stream_too(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("decode", "--preset", "2B"), "unknown decoder size"),
+        (("decode", "--preset", "2B"), "preset: expected default or one of 44M, "),
+        (("crowd", "--preset", "nope"), "preset: expected default or one of 44M, "),
         (("decode", "--tokens", "fifty"), "whole numbers"),
         (("decode", "--batch", "0"), "whole numbers"),
         (("decode", "--peers", "vllm"), "unknown peers"),
@@ -122,8 +123,18 @@ def test_random_weights_stream_too(monkeypatch) -> None:
         (("crowd", "--characters", "0"), "whole numbers"),
         (("crowd", "--dtype", "int2"), "dtype"),
         (("decode", "--preset", "44M", "--backend", "vulkan"), "backend"),
+        (("step", "--kv", "int3"), "kv: expected one of"),
+        (("crowd", "--kv", "fp8", "--backend", "torch"), "kv: fp8 is for the backend fused alone"),
+        (("stream", "--kv", "fp8", "--backend", "onnx:."), "kv: expected auto"),
         (("tokenizer", "--preset", "111M"), "released or default"),
     ],
 )
 def test_bad_input(refused, arguments, expected) -> None:
     assert expected in refused("bench", *arguments)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_measurement(refused, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(live, "crowd", None)
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "a.json"):
+        assert "cannot write" in refused("bench", "crowd", "--json", path)

@@ -144,3 +144,12 @@ def test_a_damaged_index_is_not_overwritten(refused, model, tmp_path, index):
     assert "index.json" in refused("generate", WALK, "--model", model, "-o", tmp_path)
     assert (tmp_path / "index.json").read_text(encoding="latin-1") == index
     assert names(tmp_path) == ["index.json"]
+
+
+def test_fp8_keys_and_values_are_settings_of_their_own(kinetok, model, tmp_path):
+    command = ("generate", WALK, "--model", model, "-o", tmp_path / "out", "--format", "npz", "--seconds", 0.2)
+    command += ("--backend", "fused")
+    assert kinetok(*command).out.count("wrote ") == 1
+    made = kinetok(*command, "--kv", "fp8")
+    assert made.code == 0 and made.out.count("wrote ") == 1, made
+    assert kinetok(*command, "--kv", "fp8").out.count("kept  ") == 1

@@ -35,6 +35,12 @@ def test_quantise_refuse_force_and_generate(kinetok, refused, model, tmp_path, m
     assert json.loads((tmp_path / "worse" / "kinetok.json").read_text())["provenance"]["quantisation"]["failed"]
 
 
+def test_a_folder_of_something_else_is_refused_before_the_comparison(refused, model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(gate, "quantize", None)
+    (tmp_path / "mine").write_text("")
+    assert "holds other files" in refused("quantize", model, "--to", "int8", "-o", tmp_path)
+
+
 def test_bad_input(refused, model, tmp_path) -> None:
     assert "int8, int4, fp8" in refused("quantize", model, "--to", "int2", "-o", tmp_path / "x")
     assert "group" in refused("quantize", model, "--to", "fp8", "--group", "64", "-o", tmp_path / "x")

@@ -67,9 +67,12 @@ def place(device: str, threads: int | None) -> "torch.device":
 
 def run(measure: Callable[..., Mapping[str, Any]], settings: Any, json_file: Path | None) -> None:
     """Measure, writing the file as it grows; exit code 1 where kinetok itself was wrong."""
+    from kinetok.files import check_file
     from kinetok.runtime.bench.decode import PEERS
     from kinetok.runtime.bench.record import unsaved, write
 
+    if json_file is not None:
+        check_file(json_file)
     save = unsaved if json_file is None else lambda report: write(json_file, report)
     report = measure(settings, save=save)
     save(report)

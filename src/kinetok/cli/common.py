@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,13 +31,22 @@ def example(*lines: str) -> str:
     return "\n\n".join(("Examples:" if len(lines) > 1 else "Example:", *(f"[bold]{line}[/bold]" for line in lines)))
 
 
-def output_folder(path: Path) -> Path:
-    """Make a folder. ``UserError`` when it cannot be one."""
+@contextmanager
+def output_folder(path: Path) -> Iterator[None]:
+    """Work with a folder that is made here where it is missing; of one in which nothing was written before something was
+    raised, nothing is left. ``UserError`` when it cannot be a folder."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
-    return path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first one that is not empty, or is not there
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 @contextmanager

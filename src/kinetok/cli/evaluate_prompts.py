@@ -54,18 +54,19 @@ def prompts(
     settings = {"model": model or "default", "manifest": manifest_digest(model_folder / MANIFEST), **asdict(params)}
     if out.is_dir() and not (out / INDEX).exists() and any(out.iterdir()):
         raise UserError(f"--out: expected an empty folder or one of an earlier run, but {out} holds other files")
-    folder = ClipFolder(output_folder(out) / INDEX, settings, suffixes)
-    jobs = [Job(number, text) for number, text in enumerate(texts)]
-    todo = [job for job in jobs if not folder.done(job)]
-    if todo:
-        engine = load(model_folder, device, dtype)
-        few_threads_for_small_models(engine)
-        with bar("generating", shown=not as_json) as update:
-            for done, job in enumerate(todo):
-                # A prompt that occurs twice is two clips, as each line has its own seed.
-                motion = engine.generate(job.text, params, seed=(seed + job.number) % 2**64)[0]
-                folder.add(job, motion, seed + job.number, scores=scores(motion))
-                update(done + 1, len(todo), job.text[:50])
+    with output_folder(out):
+        folder = ClipFolder(out / INDEX, settings, suffixes)
+        jobs = [Job(number, text) for number, text in enumerate(texts)]
+        todo = [job for job in jobs if not folder.done(job)]
+        if todo:
+            engine = load(model_folder, device, dtype)
+            few_threads_for_small_models(engine)
+            with bar("generating", shown=not as_json) as update:
+                for done, job in enumerate(todo):
+                    # A prompt that occurs twice is two clips, as each line has its own seed.
+                    motion = engine.generate(job.text, params, seed=(seed + job.number) % 2**64)[0]
+                    folder.add(job, motion, seed + job.number, scores=scores(motion))
+                    update(done + 1, len(todo), job.text[:50])
     entries = [{"name": job.stem, **folder.clips[job.stem]} for job in jobs]
     shown = []
     with bar("the page", shown=not as_json) as update:

@@ -49,6 +49,7 @@ def generate(
             help="auto, torch, fused, onnx, onnx:DIR (a bundle of this model) or tensorrt:DIR (engines): kinetok export."
         ),
     ] = "auto",
+    kv: Annotated[str, typer.Option(help="Keys and values: auto for the weights' dtype, or fp8 with fused.")] = "auto",
     clean: Annotated[
         bool, typer.Option("--clean-feet", help="Hold planted feet still; what that changed is printed and kept.")
     ] = False,
@@ -82,33 +83,36 @@ def generate(
         settings["clean_feet"] = True
     if backend != "auto":
         settings["backend"] = backend
-    folder = ClipFolder(output_folder(out) / INDEX, settings, suffixes)
-    jobs = [Job(number, text) for number, text in enumerate(texts)]
-    todo = [job for job in jobs if not folder.done(job)]
-    stages = {"start": time.perf_counter() - began, "load": 0.0, "generate": 0.0, "write": 0.0}
-    within: Counter[str] = Counter()
-    made = 0.0
-    if todo:
-        mark = time.perf_counter()
-        engine = load(model_folder, device, dtype, backend=backend)
-        few_threads_for_small_models(engine)
-        stages["load"] = time.perf_counter() - mark
-        with bar("generating", shown=not as_json) as update:
-            for done, job in enumerate(todo):
-                mark = time.perf_counter()
-                # Each line is its own request with its own seed, so a line's clip does not depend on the lines before.
-                motion = engine.generate(job.text, params, seed=(seed + job.number) % 2**64)[0]
-                stages["generate"] += time.perf_counter() - mark
-                within.update(engine.timings)
-                mark = time.perf_counter()
-                changed = {}
-                if clean:
-                    motion, report = clean_feet(motion)
-                    changed = {"feet": {"line": str(report), **report.to_json()}}
-                folder.add(job, motion, seed + job.number, **changed)
-                made += motion.duration
-                stages["write"] += time.perf_counter() - mark
-                update(done + 1, len(todo), job.text[:50])
+    if kv != "auto":
+        settings["kv"] = kv
+    with output_folder(out):
+        folder = ClipFolder(out / INDEX, settings, suffixes)
+        jobs = [Job(number, text) for number, text in enumerate(texts)]
+        todo = [job for job in jobs if not folder.done(job)]
+        stages = {"start": time.perf_counter() - began, "load": 0.0, "generate": 0.0, "write": 0.0}
+        within: Counter[str] = Counter()
+        made = 0.0
+        if todo:
+            mark = time.perf_counter()
+            engine = load(model_folder, device, dtype, backend=backend, kv=kv)
+            few_threads_for_small_models(engine)
+            stages["load"] = time.perf_counter() - mark
+            with bar("generating", shown=not as_json) as update:
+                for done, job in enumerate(todo):
+                    mark = time.perf_counter()
+                    # Each line is its own request with its own seed, so a line's clip does not depend on the lines before.
+                    motion = engine.generate(job.text, params, seed=(seed + job.number) % 2**64)[0]
+                    stages["generate"] += time.perf_counter() - mark
+                    within.update(engine.timings)
+                    mark = time.perf_counter()
+                    changed = {}
+                    if clean:
+                        motion, report = clean_feet(motion)
+                        changed = {"feet": {"line": str(report), **report.to_json()}}
+                    folder.add(job, motion, seed + job.number, **changed)
+                    made += motion.duration
+                    stages["write"] += time.perf_counter() - mark
+                    update(done + 1, len(todo), job.text[:50])
     entries = [{"name": job.stem, **folder.clips[job.stem]} for job in jobs]
     factor = made / stages["generate"] if made else None
     if as_json:

@@ -29,11 +29,12 @@ def quantize(
     It takes less disk everywhere and less memory and time on a GPU; a CPU unpacks it at load and runs it like the original.
     """
     from kinetok.model.packed import Quantisation
-    from kinetok.model.pretrained import save_pretrained
+    from kinetok.model.pretrained import check_target, save_pretrained
     from kinetok.runtime import load
     from kinetok.runtime import quantize as gate
 
     quantisation = Quantisation(kind=to, group=group if group is not None else 64 if to == "int4" else 0)
+    check_target(out)
     original = load(None if model == "default" else model, device, dtype).model
     made, report = gate.quantize(original, quantisation)
     failed = gate.failures(report)
