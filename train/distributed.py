@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, async_save, load
+from torch.distributed.checkpoint import FileSystemReader, async_save, load
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -28,6 +29,7 @@ from kinetok.files import whole_file
 from kinetok.train.checkpoints import FOLDER, FileCheckpoints, Found, save_whole
 from kinetok.train.loop import Checkpoints, OneProcess, Result
 from kinetok.train.packing import PackedDecoder, fill_rest
+from kinetok.train.sums import SummedWriter, changed
 
 COMPLETE, REST = "complete.json", "rest.pt"
 TIMEOUT = timedelta(minutes=10)  # until a process that no longer answers counts as lost
@@ -170,7 +172,8 @@ def _digest(path: Path) -> str:
 class ShardedCheckpoints:
     """``checkpoints/step-*``: each process writes its part while training goes on; ``complete.json`` comes last.
 
-    It names every file with its size (and a SHA-256 of the small ones), so a half-written or cut checkpoint is known.
+    It names every file with its size and a checksum, a SHA-256 of the small ones and a CRC-32 of the parts, so a half-written,
+    cut or changed checkpoint is known. Parts of an earlier version have none and are taken as they are.
     """
 
     def __init__(self, run: Path, processes: ManyProcesses) -> None:
@@ -199,8 +202,7 @@ class ShardedCheckpoints:
 
         self.processes.agree(prepare)
         state = self._state(module, optimizer, rest["average"])
-        # One thread a process: what fails in a second one, such as a full disk, torch prints and forgets.
-        writer = FileSystemWriter(folder, thread_count=1, sync_files=True)
+        writer = SummedWriter(folder)
         response = async_save(state, storage_writer=writer, process_group=self.processes.writers)
         future = response if isinstance(response, Future) else response.upload_completion
         about = {"identity": rest["identity"], "step": rest["step"]}
@@ -211,7 +213,7 @@ class ShardedCheckpoints:
                 one.result()
                 # The first process's future ends after every process has written and the list of files is there.
                 if self.processes.rank == 0:
-                    self._complete(folder, about)
+                    self._complete(folder, {**about, "crc32": writer.sums})
             except BaseException as error:  # for finish() to raise: a callback's own error is only logged
                 complete.set_exception(error)
             else:
@@ -235,55 +237,69 @@ class ShardedCheckpoints:
             return
         (folder, future), self.pending = self.pending, None
         error = future.exception()
-        problems: list[str | None] = [None] * self.processes.world
-        mine = None if error is None else " ".join(str(error).split())[-200:]
-        dist.all_gather_object(problems, mine)
-        told = next((problem for problem in problems if problem is not None), None)
+        told = self._first(None if error is None else " ".join(str(error).split())[-200:])
         if told is not None:
             raise self.processes.error(f"cannot write {folder}: {told}")
 
-    def find(self, told: Callable[[str], None]) -> Found | None:
-        found, lines = self.processes.agree(self._find)
-        for line in lines:
-            told(line)
-        return found
+    def _first(self, mine: str | None) -> str | None:
+        """The first problem that any process has, in all of them."""
+        problems: list[str | None] = [None] * self.processes.world
+        dist.all_gather_object(problems, mine)
+        return next((problem for problem in problems if problem is not None), None)
 
-    def _find(self) -> tuple[Found | None, list[str]]:
+    def find(self, told: Callable[[str], None]) -> Found | None:
+        """As ``FileCheckpoints.find``; each process compares its share of the parts with their checksums."""
+        problems: list[str] = []
+        for folder in self.processes.agree(self._candidates):
+            problem, found, sums = self.processes.agree(partial(self._look, folder))
+            mine = dict(sorted(sums.items())[self.processes.rank :: self.processes.world])
+            problem = problem or self._first(changed(folder, mine))
+            if problem is None:
+                for line in problems:
+                    told(f"{line}; going on from {folder.name}")
+                return found
+            problems.append(f"{folder} is damaged ({problem})")
+        if problems:
+            raise self.processes.error(
+                f"{'; '.join(problems)}: no whole checkpoint is left; name another folder with --out"
+            )
+        return None
+
+    def _candidates(self) -> list[Path]:
         run = self.folder.parent
         if FileCheckpoints(run).any():
             raise UserError(
                 f"{run}: its checkpoints are those of one process: continue it without torchrun, or name another folder "
                 "with --out"
             )
-        problems: list[str] = []
-        for folder in self._folders():
-            problem = self._damage(folder)
-            if problem is None:
-                try:
-                    state = torch.load(folder / REST, weights_only=True)
-                except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-                    problem = " ".join(str(error).split())[:200]
-                else:
-                    found = Found(folder, state["identity"], int(state["step"]), {"has_average": state["has_average"]})
-                    return found, [f"{line}; going on from {folder.name}" for line in problems]
-            problems.append(f"{folder} is damaged ({problem})")
-        if problems:
-            raise UserError(f"{'; '.join(problems)}: no whole checkpoint is left; name another folder with --out")
-        return None, []
+        return self._folders()
 
     @staticmethod
-    def _damage(folder: Path) -> str | None:
+    def _look(folder: Path) -> tuple[str | None, Found | None, dict[str, int]]:
+        """What is wrong with a checkpoint but for the content of its parts; what it is; and the parts' checksums."""
         try:
             about = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
             for name, size in about["files"].items():
                 if (folder / name).stat().st_size != size:
-                    return f"{name} has {(folder / name).stat().st_size} bytes, expected {size}"
-            bad = [name for name, digest in about["sha256"].items() if _digest(folder / name) != digest]
+                    return f"{name} has {(folder / name).stat().st_size} bytes, expected {size}", None, {}
+            for name, digest in about["sha256"].items():
+                if _digest(folder / name) != digest:
+                    return f"bad checksum of {name}", None, {}
+            state = torch.load(folder / REST, weights_only=True)
+            found = Found(folder, state["identity"], int(state["step"]), {"has_average": state["has_average"]})
+            return None, found, {str(name): int(crc) for name, crc in about.get("crc32", {}).items()}
         except FileNotFoundError as error:
-            return f"{Path(str(error.filename)).name} is missing: it was never completed"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return " ".join(str(error).split())
-        return f"bad checksum of {bad[0]}" if bad else None
+            return f"{Path(str(error.filename)).name} is missing: it was never completed", None, {}
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            pickle.UnpicklingError,
+        ) as error:
+            return " ".join(str(error).split())[:200], None, {}
 
     def load(self, found: Found, module: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
         """Fills the sharded module and optimiser; also from a checkpoint of another number of processes."""

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from kinetok.errors import UserError
 from kinetok.files import alone, whole_file
 from kinetok.train.checkpoints import FileCheckpoints, Found, save_whole
-from kinetok.train.journal import LOG, Journal, Silent
+from kinetok.train.journal import Journal, Silent
 from kinetok.train.optim import Average, LoopConfig, adamw, learning_rate
 from kinetok.train.packing import PackedDecoder, fill_rest
 
 BEST, ABOUT = "best.pt", "run.json"
+OUTPUT = (".log", ".out", ".err")  # suffixes of what a shell or slurm writes into the folder of a run
 Result = TypeVar("Result")
 
 
@@ -141,25 +142,50 @@ def _with_defaults(identity: Any) -> Any:
     return identity
 
 
-def _open(run: Path, checkpoints: Checkpoints, identity: Any, resume: bool) -> None:
-    """Refuse the folder of another run, and an existing one that is not resumed; write what this run is."""
+def _refuse(run: Path, checkpoints: Checkpoints, identity: Any, resume: bool) -> None:
+    """Refuse the folder of another run, an existing run that is not resumed, and a folder that holds something else."""
     about = run / ABOUT
-    if (checkpoints.any() or any((run / name).exists() for name in (ABOUT, LOG, BEST))) and not resume:
-        raise UserError(f"{run}: a run is already here; continue it with --resume, or name another folder with --out")
+    try:
+        if about.exists() or checkpoints.any():
+            if not resume:
+                raise UserError(
+                    f"{run}: a run is already here; continue it with --resume, or name another folder with --out"
+                )
+            if about.exists():
+                _same(run, json.loads(about.read_text(encoding="utf-8")), identity)
+        elif run.exists():
+            other = sorted(path.name for path in run.iterdir() if not _is_redirected(path))
+            if other:
+                raise UserError(
+                    f"{run}: expected a new folder or a run, but it holds other files ({', '.join(other[:3])}); name "
+                    "another folder with --out"
+                )
+    except NotADirectoryError as error:
+        raise UserError(f"{run}: expected a folder for the run, but it is a file; name another with --out") from error
+    except ValueError as error:
+        raise UserError(f"{about}: expected the description of a run, but {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {run}: {error.strerror or error}; name another folder with --out") from error
+
+
+def _is_redirected(path: Path) -> bool:
+    """What may be in the folder of a run before it begins: its own output, which a shell or slurm sends there, and what is
+    hidden (a lock, a file server's own)."""
+    return path.name.startswith(".") or (path.is_file() and path.suffix in OUTPUT)
+
+
+def _begin(run: Path, checkpoints: Checkpoints, identity: Any, resume: bool, stack: ExitStack) -> None:
+    """Hold the folder and write what this run is; all that is refused is refused before anything is written."""
+    _refuse(run, checkpoints, identity, resume)
     try:
         run.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(alone(run, "training in this folder; name another with --out"))
+        _refuse(run, checkpoints, identity, resume)  # another process may have begun, and ended, in between
+        if not checkpoints.any() and not (run / ABOUT).exists():
+            with whole_file(run / ABOUT) as temporary:
+                temporary.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {run}: {error.strerror or error}; name another folder with --out") from error
-    try:
-        there = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{about}: expected the description of a run, but {error}") from error
-    if there is not None:
-        _same(run, there, identity)
-        return
-    if not checkpoints.any():
-        with whole_file(about) as temporary:
-            temporary.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
 
 
 def _same(run: Path, theirs: Any, identity: Any) -> None:
@@ -197,17 +223,16 @@ def fit(
     is: a resumed run with another one is refused. A run that is stopped at any moment and resumed has the same losses, bit
     for bit on a CPU with as many threads. A damaged checkpoint is reported and the one before is used.
     sample is called with the averaged module every ``sample_every`` steps, to show what it does so far.
-    Raises ``UserError`` for an existing run that is not resumed, a folder in which another process trains, a loss or
-    gradient that is not finite, a full disk, and where no whole checkpoint is left.
+    Raises ``UserError`` for an existing run that is not resumed, a folder that holds other files than output sent there
+    (``.log``, ``.out``, ``.err``) or in which another process trains, a loss or gradient that is not finite, a full disk,
+    and where no whole checkpoint is left.
     """
     run = Path(run)
     processes = processes or OneProcess()
     checkpoints = processes.checkpoints(run)
     described = json.loads(json.dumps({"identity": identity, "steps": config.steps, "seed": config.seed}))
-    processes.agree(lambda: _open(run, checkpoints, described, resume))
     with ExitStack() as stack:
-        if processes.rank == 0:
-            stack.enter_context(alone(run, "training in this folder; name another with --out"))
+        processes.agree(lambda: _begin(run, checkpoints, described, resume, stack))
         return _train(task, config, run, described, processes, checkpoints, stack, sample, sample_every)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,11 @@ import torch
 
 from kinetok.errors import UserError
 from kinetok.model.decoder import MotionDecoder
-from kinetok.train.checkpoints import LAST
-from kinetok.train.distributed import COMPLETE, ManyProcesses, ShardedCheckpoints
+from kinetok.train.checkpoints import LAST, Found
+from kinetok.train.distributed import COMPLETE, REST, ManyProcesses, ShardedCheckpoints
 from kinetok.train.scale import train
 from kinetok.train.scale_recipes import ScaleRecipe, with_loop
+from kinetok.train.sums import LARGE, _Files, changed
 
 pytest.importorskip("pyarrow", reason="a clip store has a Parquet index, and pyarrow is not installed")
 pytest.importorskip("tensorboard", reason="training logs to tensorboard, which is not installed")
@@ -70,11 +72,17 @@ def losses(run: Path) -> list[tuple[str, int, float]]:
     return [(one["kind"], one["step"], one["loss"]) for one in lines]
 
 
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_two_processes_are_one(trained_store, start, tmp_path: Path, tied: bool) -> None:
     """FSDP2 over gloo, in several passes with recomputed activations: one process's losses and weights within float
-    tolerance. Then a cut checkpoint, of which the one before takes the place, also in three processes; and the folder of
-    another run, and of this run in one process."""
+    tolerance. Then a cut checkpoint, and one of which the second process's part has a flipped bit: the one before takes its
+    place, also in three processes; and the folder of another run, and of this run in one process."""
     from kinetok.train.scale import Engine
 
     recipe = replace(trained_store.recipe, model=replace(trained_store.recipe.model, tie_weights=tied))
@@ -97,8 +105,11 @@ def test_two_processes_are_one(trained_store, start, tmp_path: Path, tied: bool)
     model.load_state_dict({name.removeprefix("decoder."): value for name, value in weights[1].items()})
     assert (tmp_path / "run" / "model" / "kinetok.json").exists()
 
-    part = next(path for path in folders[1].iterdir() if path.suffix == ".distcp")
-    part.write_bytes(part.read_bytes()[:-10])
+    part = folders[1] / "__1_0.distcp"
+    if tied:
+        flip(part, part.stat().st_size // 2)
+    else:
+        part.write_bytes(part.read_bytes()[:-10])
     (tmp_path / "run" / "best.pt").unlink()
     (code, output, errors), *_ = start(recipe, resume=True, engine=engine, world=3 if tied else 2).end()
     assert code == 0, errors
@@ -173,6 +184,62 @@ def saved(checkpoints: ShardedCheckpoints, step: int) -> torch.nn.Module:
     optimizer.step()
     checkpoints.save(module, optimizer, {"step": step, "identity": {"a": 1}, "average": None})
     return module
+
+
+def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_used(sharded: ShardedCheckpoints) -> None:
+    """Anywhere in a part: in the numbers, and in what their form leaves unused. A part without a checksum, of an earlier
+    version, is taken as it is."""
+    weight = saved(sharded, 1).weight
+    last = saved(sharded, 2).weight
+    sharded.finish()
+    part, about = (sharded.folder / "step-00000002" / name for name in ("__0_0.distcp", COMPLETE))
+    content = part.read_bytes()
+    numbers = content.index(last.detach().numpy().tobytes())
+
+    def find() -> tuple[Found, list[str]]:
+        told: list[str] = []
+        found = sharded.find(told.append)
+        assert found is not None
+        return found, told
+
+    for at in (0, numbers, len(content) // 2, len(content) - 1):
+        flip(part, at)
+        found, told = find()
+        assert found.step == 1
+        assert "step-00000002 is damaged (bad checksum of __0_0.distcp); going on from step-00000001" in told[0]
+        flip(part, at)
+    other = torch.nn.Linear(3, 2)
+    sharded.load(found, other, torch.optim.AdamW(other.parameters()))
+    assert torch.equal(other.weight, weight)
+    assert find()[0].step == 2
+    said = json.loads(about.read_text())
+    assert list(said.pop("crc32")) == [part.name]
+    about.write_text(json.dumps(said))
+    found, told = find()
+    assert found.step == 2 and not told
+    for folder in sharded.folder.iterdir():
+        flip(folder / REST, 300)
+    with pytest.raises(UserError, match=r"step-00000001 is damaged \(bad checksum of rest.pt\): no whole checkpoint"):
+        find()
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (LARGE + 1, 7, 2 * LARGE)])
+def test_the_sum_is_that_of_the_file(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    """Large writes, which another thread counts, and small ones; a write that fails says so."""
+    rng = np.random.default_rng(0)
+    files = _Files()
+    with files.create_stream(tmp_path / "part", "wb") as stream:
+        for size in sizes:
+            stream.write(memoryview(rng.bytes(size)))
+    crc = zlib.crc32((tmp_path / "part").read_bytes())
+    assert files.sums == {"part": crc} and (tmp_path / "part").stat().st_size == sum(sizes)
+    assert changed(tmp_path, {"part": crc}) is None and changed(tmp_path, {"part": crc ^ 1}) == "bad checksum of part"
+    assert changed(tmp_path, {"none": 0}) == "cannot read none: No such file or directory"
+    with (
+        pytest.raises(OSError, match="write"),
+        files.create_stream(tmp_path / "part", "rb") as stream,
+    ):
+        stream.write(bytes(LARGE))
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(sharded: ShardedCheckpoints, monkeypatch) -> None:

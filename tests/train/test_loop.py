@@ -111,8 +111,33 @@ def test_a_validation_that_is_not_finite_stops_the_run(tmp_path: Path, line, con
 
 def test_a_file_in_place_of_the_folder(tmp_path: Path, line, config) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(UserError, match=r"cannot write .*run: File exists; name another folder with --out"):
+    with pytest.raises(
+        UserError, match=r"run: expected a folder for the run, but it is a file; name another with --out"
+    ):
         fit(line(), config, tmp_path / "run", identity={})
     assert (tmp_path / "run").read_text() == "mine"
     with pytest.raises(UserError, match="cannot write"):
         fit(line(), config, tmp_path / "run" / "deeper", identity={})
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "log.jsonl", "best.pt", "model/kinetok.json", "checkpoints/readme", "x.log/y"]
+)
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, line, config, name: str, resume: bool) -> None:
+    """Neither mixed with them nor taken for a run, also where they have a run's names."""
+    file = tmp_path / "folder" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match=rf"it holds other files \({name.split('/')[0]}\); name another") as told:
+        fit(line(), config, tmp_path / "folder", resume=resume, identity={})
+    assert "\n" not in str(told.value)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and file.read_text() == "mine"
+
+
+def test_output_sent_into_the_folder_is_no_other_file(tmp_path: Path, line, config) -> None:
+    """As ``kinetok train ... --out run > run/train.log`` has it, and slurm's --output and --error; hidden files too."""
+    for name in ("train.log", "slurm-17.out", "slurm-17.err", ".gitignore"):
+        (tmp_path / name).write_text("step 1")
+    assert fit(line(), config, tmp_path, identity={}).exists()
+    assert (tmp_path / "train.log").read_text() == "step 1"
