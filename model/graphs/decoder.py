@@ -54,14 +54,39 @@ class DecoderExport:
         tokens = g.input("input_ids", np.int64, ["batch", 1])
         positions = g.input("position_ids", np.int64, ["batch", 1])
         past = self._past(g)
-        stored = self.precision.storage
-        x = g.node("Gather", g.weight("embed.weight", lambda: self._stored("embed.weight", stored)), tokens)
-        x = g.cast(x, self._dtype) if stored != self._dtype else x
-        keys = g.reshape(g.range(g.size(past[0][0], 2)), 1, 1, 1, -1)
-        visible = g.node("LessOrEqual", keys, g.reshape(positions, -1, 1, 1, 1))
+        x = self._embedded(g, tokens)
+        visible = g.node("LessOrEqual", self._keys(g, past), g.reshape(positions, -1, 1, 1, 1))
         x = self._blocks(g, x, past, positions, visible, over_text=False)
         self._logits(g, g.node("Squeeze", x, g.const([1])))
         return g
+
+    def extend(self, weights: Weights) -> Graph:
+        """Both in one: projected text ``[B, L, d]``, then tokens ``[B, M]``, at successive positions ``[B, L + M]``.
+
+        Logits after the last one. A text sees all of itself, so it starts at position 0; without one, L = 0, M tokens
+        follow what the cache holds. L = 0 and M = 1 is a decode step.
+        """
+        g = Graph("extend", weights, self.opset)
+        text = g.input("text_embeds", self._dtype, ["batch", "text", self.config.n_embd])
+        tokens = g.input("input_ids", np.int64, ["batch", "tokens"])
+        positions = g.input("position_ids", np.int64, ["batch", "positions"])
+        past = self._past(g)
+        x = g.node("Concat", text, self._embedded(g, tokens), axis=1)
+        last = g.node("Max", positions, g.node("Sub", g.size(text, 1), g.const([1])))
+        visible = g.node("LessOrEqual", self._keys(g, past), g.node("Unsqueeze", last, g.const([1, 3])))
+        x = self._blocks(g, x, past, positions, visible, over_text=False)
+        self._logits(g, g.node("Gather", x, g.const(-1), axis=1))
+        return g
+
+    def _embedded(self, g: Graph, tokens: str) -> str:
+        stored = self.precision.storage
+        x = g.node("Gather", g.weight("embed.weight", lambda: self._stored("embed.weight", stored)), tokens)
+        return g.cast(x, self._dtype) if stored != self._dtype else x
+
+    @staticmethod
+    def _keys(g: Graph, past: list[tuple[str, str]]) -> str:
+        """The cache's positions, ``[1, 1, 1, S]``."""
+        return g.reshape(g.range(g.size(past[0][0], 2)), 1, 1, 1, -1)
 
     @property
     def _dtype(self) -> np.dtype:

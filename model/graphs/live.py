@@ -29,8 +29,8 @@ class HeldWeights:
         return tensor
 
 
-def decode_graph(decoder: MotionDecoder) -> tuple[bytes, dict[str, np.ndarray]]:
-    """The decode step in fp32 (``DecoderExport.decode``), serialised, and the weights that it refers to."""
+def decoder_graph(decoder: MotionDecoder) -> tuple[bytes, dict[str, np.ndarray]]:
+    """Prefill and decode step in fp32 (``DecoderExport.extend``), serialised, and the weights that it refers to."""
     held = HeldWeights()
     export = DecoderExport(
         config=decoder.config,
@@ -38,8 +38,7 @@ def decode_graph(decoder: MotionDecoder) -> tuple[bytes, dict[str, np.ndarray]]:
         precision=Precision(name="fp32"),
         kv_dtype=np.dtype(np.float32),
     )
-    graph = export.decode(held)
-    return graph.model().SerializeToString(), held.arrays
+    return export.extend(held).model().SerializeToString(), held.arrays
 
 
 def stream_graph(tokenizer: MotionTokenizer) -> tuple[bytes, dict[str, np.ndarray]]:

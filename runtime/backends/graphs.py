@@ -173,22 +173,25 @@ class GraphBackend:
                 f"expected 1 to {self.capacity} positions of text and motion, text among them, got {len(text)} of text "
                 f"and {len(tokens)} of motion"
             )
-        logits = self._step.logits
-        run = self._bind_prefill(
-            {
-                "text_features": text.detach().to(self.device, torch.float32).contiguous()[None],
-                "text_lengths": torch.tensor([len(text)], device=self.device),
-                "logits": logits[slot : slot + 1],
-                **named(self._cache(slot, slot + 1)),
-            }
-        )
+        self._fill(slot, text, tokens)
+        return self._step.logits[slot].clone()
+
+    def _fill(self, slot: int, text: Tensor, tokens: Sequence[int]) -> None:
+        """Text and tokens into a slot; its row of ``logits`` becomes those after the last."""
+        features = text.detach().to(self.device, torch.float32).contiguous()[None]
+        lengths = torch.tensor([len(text)], device=self.device)
+        self._start(slot, len(text), {"text_features": features, "text_lengths": lengths})
+        for token in tokens:
+            self._step.decode([slot], torch.tensor([token], device=self.device))
+
+    def _start(self, slot: int, length: int, inputs: Mapping[str, Tensor]) -> None:
+        """Run the prefill, which leaves ``length`` positions, on an empty slot."""
+        logits = self._step.logits[slot : slot + 1]
+        run = self._bind_prefill({**inputs, "logits": logits, **named(self._cache(slot, slot + 1))})
         # What is masked still counts as zero times its value: an earlier row's NaN must not come back.
         self.slab[:, :, slot] = 0
         run()
-        self.lengths[slot] = len(text)
-        for token in tokens:
-            self._step.decode([slot], torch.tensor([token], device=self.device))
-        return logits[slot].clone()
+        self.lengths[slot] = length
 
     def decode(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
         return self._step.decode(slots, tokens)

@@ -14,9 +14,7 @@ from kinetok.errors import UserError, missing_package
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.streaming import ENDLESS
 from kinetok.motion.features import FEATURES
-from kinetok.runtime.backends.graphs import Cache, CacheShape, GraphBackend, Run, SlotSteps
-from kinetok.runtime.backends.threads import torch_threads
-from kinetok.runtime.backends.torch import TorchBackend
+from kinetok.runtime.backends.graphs import CacheShape, GraphBackend, Run
 from kinetok.runtime.bundle import Bundle
 from kinetok.runtime.manifest import MANIFEST, interface
 
@@ -115,54 +113,65 @@ class OnnxBackend(GraphBackend):
         sizes = {
             name: bundle.number("decoder", name) for name in ("layers", "heads", "head_dim", "positions", "logits")
         }
-        if capacity > sizes["positions"]:
-            raise UserError(f"expected 1 to {sizes['positions']} positions, got {capacity}")
         kv = str(bundle.manifest.get("kv_dtype"))
         if kv not in _DTYPES:
             raise UserError(f"{bundle.directory}: expected kv_dtype to be one of {list(_DTYPES)}, got {kv[:40]!r}")
         shape = CacheShape(
-            layers=sizes["layers"], heads=sizes["heads"], length=capacity, head_dim=sizes["head_dim"], dtype=_DTYPES[kv]
+            layers=sizes["layers"],
+            heads=sizes["heads"],
+            length=min(capacity, sizes["positions"]),
+            head_dim=sizes["head_dim"],
+            dtype=_DTYPES[kv],
         )
         prefill, decode = (partial(bound, open_session(bundle, name, place)) for name in ("prefill", "decode"))
         self.own_threads = place.type == "cpu"
         super().__init__(shape, slots, capacity, sizes["logits"], place, prefill, decode)
 
 
-class LiveOnnxBackend(TorchBackend):
-    """``Backend`` on a decoder in memory: texts are prefilled by torch, steps run in ONNX Runtime, over the same cache.
+class LiveOnnxBackend(GraphBackend):
+    """``Backend`` on a decoder in memory: one session prefills and steps, over one cache.
 
     ONNX Runtime keeps a copy of the weights of its own, laid out for its products and shared by all backends of a decoder.
     """
 
-    single_rows = False
     own_threads = True
 
     def __init__(self, decoder: MotionDecoder, slots: int, capacity: int) -> None:
-        super().__init__(decoder, slots, capacity)
-        if self.device.type != "cpu" or self.slab.dtype != torch.float32 or not isinstance(decoder.head, nn.Linear):
+        config, weight = decoder.config, decoder.embed.weight
+        if weight.device.type != "cpu" or weight.dtype != torch.float32 or not isinstance(decoder.head, nn.Linear):
             raise UserError(
                 "backend onnx: expected plain fp32 weights on a CPU; make a bundle with kinetok export onnx MODEL --out DIR, "
                 "and name it as onnx:DIR"
             )
-        self._threads = torch.get_num_threads()
-        bind = partial(bound, live_session(decoder, "decode_graph"))
-        self._step = SlotSteps(bind, slots, capacity, decoder.config.head_rows, self._cache)
-        self.slab.zero_()
-        self.lengths = self._step.lengths
+        self.decoder, self._session = decoder, live_session(decoder, "decoder_graph")
+        shape = CacheShape(
+            layers=config.n_layer,
+            heads=config.n_head,
+            length=min(capacity, config.block_size),
+            head_dim=config.head_dim,
+            dtype=torch.float32,
+        )
+        super().__init__(shape, slots, capacity, config.head_rows, weight.device, self._bind, self._bind)
 
     @torch.inference_mode()
-    def prefill(self, slot: int, text: Tensor, tokens: Sequence[int] = ()) -> Tensor:
-        # What is masked still counts as zero times its value: an earlier row's NaN must not come back.
-        with torch_threads(self._threads):
-            self.slab[:, :, slot] = 0
-            return super().prefill(slot, text, tokens)
+    def _fill(self, slot: int, text: Tensor, tokens: Sequence[int]) -> None:
+        """Text and tokens in one call."""
+        length = len(text) + len(tokens)
+        self._start(
+            slot,
+            length,
+            {
+                # In the graph it would be packed once more, for a product that comes once a text.
+                "text_embeds": self.decoder.text_proj(text.to(torch.float32))[None],
+                "input_ids": torch.tensor([list(tokens)], dtype=torch.int64),
+                "position_ids": torch.arange(length)[None],
+            },
+        )
 
-    @torch.inference_mode()
-    def decode(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
-        return self._step.decode(slots, tokens)
-
-    def _cache(self, start: int, stop: int) -> Cache:
-        return [[part[start:stop] for part in layer] for layer in self.slab.unbind(1)]
+    def _bind(self, tensors: Mapping[str, Tensor]) -> Run:
+        """Of a step there is no text."""
+        none = torch.empty(len(tensors["input_ids"]), 0, self.decoder.config.n_embd)
+        return bound(self._session, {"text_embeds": none, **tensors})
 
 
 _SESSIONS: "WeakKeyDictionary[nn.Module, dict[tuple[str, int], Any]]" = WeakKeyDictionary()

@@ -20,8 +20,6 @@ class TorchBackend:
     (docs/numerics.md); norms and rotations work on all rows at once.
     """
 
-    single_rows = True  # whether decode multiplies rows one by one, on a CPU
-
     def __init__(self, decoder: MotionDecoder, slots: int, capacity: int, kv: torch.dtype | None = None) -> None:
         config, weight = decoder.config, decoder.embed.weight
         if slots < 1 or not 0 < capacity <= config.block_size:
@@ -29,7 +27,7 @@ class TorchBackend:
                 f"expected at least one slot and 1 to {config.block_size} positions, got {slots} and {capacity}"
             )
         self.decoder, self.slots, self.capacity, self.device = decoder, slots, capacity, weight.device
-        if self.device.type == "cpu" and self.single_rows:
+        if self.device.type == "cpu":
             decoder.lay_out_for_single_rows()
         shape = (2, config.n_layer, slots, config.n_head, capacity, config.head_dim)
         kv = kv or weight.dtype  # another one is for subclasses that can read it

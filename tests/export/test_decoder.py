@@ -1,5 +1,6 @@
 """Prefill and decode graphs against ``MotionDecoder``: the 7B's head sizes at small width, ragged texts, every precision."""
 
+import copy
 from itertools import pairwise
 
 import numpy as np
@@ -113,6 +114,44 @@ def test_neither_padding_nor_what_lies_beyond_a_row_is_seen(decoder_of, folder_o
         results.append((logits, call(graphs["decode"], {**ids, **cache})[0]))
     np.testing.assert_array_equal(results[0][0], results[1][0])
     np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize(("opset", "capacity"), [(18, None), (23, None), (24, CAPACITY)])
+@pytest.mark.parametrize(("text", "given", "tie"), [(1, 0, False), (1, 1, True), (5, 8, False), (CAPACITY, 0, False)])
+def test_one_graph_takes_texts_and_tokens_in_pieces_of_any_size(
+    decoder_of, folder_of_graphs, text, given, tie, opset, capacity
+) -> None:
+    """Two rows, caches with something in them, up to the last position, against the training layout in float64."""
+    decoder = decoder_of(tie_weights=tie)
+    config, draw = decoder.config, torch.Generator().manual_seed(text + given)
+    features = torch.randn(2, text, config.text_dim, generator=draw)
+    tokens = torch.randint(0, config.codebook, (2, CAPACITY - text), generator=draw)
+    rows = torch.cat((torch.full((2, text), config.pad_id), tokens), 1)
+    with torch.inference_mode():
+        projected = decoder.text_proj(features).numpy()
+        wanted = copy.deepcopy(decoder).double()(rows, features, torch.ones(2, text)).numpy()
+    export = DecoderExport(
+        config=config,
+        tensors=module_tensors(decoder),
+        precision=Precision(name="fp32"),
+        kv_dtype=np.dtype(np.float32),
+        opset=opset,
+        capacity=capacity,
+    )
+    session = folder_of_graphs(export.extend)["extend"]
+    none = np.zeros((2, 0, config.n_embd), np.float32)
+    cache = {name: value + 1e3 for name, value in cache_of(config, 2).items()}  # which nothing may see
+    first = 0
+    # The text and some tokens, one token, three at once, and the rest.
+    for last in sorted({text + given, *(min(text + given + more, CAPACITY) for more in (1, 4)), CAPACITY}):
+        feeds = {
+            "text_embeds": none if first else projected,
+            "input_ids": tokens.numpy()[:, max(0, first - text) : last - text],
+            "position_ids": np.broadcast_to(np.arange(first, last), (2, last - first)),
+        }
+        logits, cache = call(session, {**feeds, **cache})
+        np.testing.assert_allclose(logits, wanted[:, last - 1], atol=1e-4)
+        first = last
 
 
 def test_both_graphs_read_one_weights_file_in_which_each_weight_lies_once(

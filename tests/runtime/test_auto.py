@@ -1,6 +1,7 @@
 """Which backend a model gets when nobody says, and the reason that goes with it."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from kinetok.runtime import memory
 from kinetok.runtime.backends import auto
 from kinetok.runtime.backends.auto import choose_backend
 from kinetok.runtime.backends.onnx import LiveOnnxBackend
-from kinetok.runtime.backends.threads import threads_for, torch_threads
+from kinetok.runtime.backends.threads import threads_for
 from kinetok.runtime.backends.torch import TorchBackend
 
 
@@ -43,18 +44,18 @@ def test_what_the_live_graph_cannot_hold_is_torchs(decoder) -> None:
 
 def test_torch_has_one_thread_while_another_library_works(decoder) -> None:
     before = torch.get_num_threads()
+    stand = SimpleNamespace(own_threads=True)
     seen = []
-
-    class Stand:
-        own_threads = True
-
-    with threads_for(Stand()):
-        seen.append(torch.get_num_threads())
-        with torch_threads(3):
+    try:
+        torch.set_num_threads(2)
+        for stand.own_threads in (True, False):
+            with threads_for(stand):
+                seen.append(torch.get_num_threads())
             seen.append(torch.get_num_threads())
+        with pytest.raises(KeyError), threads_for(SimpleNamespace(own_threads=True)):
+            raise KeyError
         seen.append(torch.get_num_threads())
-    Stand.own_threads = False
-    with torch_threads(2), threads_for(Stand()):
-        seen.append(torch.get_num_threads())
-    assert seen == [1, 3, 1, 2] and torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2, 2, 2, 2]
     assert LiveOnnxBackend(decoder.eval(), 1, 8).own_threads and not hasattr(TorchBackend(decoder, 1, 8), "own_threads")

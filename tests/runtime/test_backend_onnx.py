@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
 from kinetok.errors import UserError
 from kinetok.export.bundle import export_bundle
 from kinetok.model.decoder import MotionDecoder
-from kinetok.runtime.backends import graphs, open_backend
+from kinetok.runtime.backends import graphs, onnx, open_backend
 from kinetok.runtime.backends.graphs import SlotSteps
 from kinetok.runtime.backends.onnx import LiveOnnxBackend, OnnxBackend, OnnxDetokenizer
 from kinetok.runtime.bundle import read_bundle
@@ -38,6 +38,21 @@ def test_rows_that_do_not_agree_are_run_one_by_one(exact) -> None:
     results = [backend.decode([2, 0, 1], torch.tensor([4, 5, 6])) for backend in (together, apart)]
     assert torch.equal(*results)
     assert list(together._step.calls) == [(0, 3)] and list(apart._step.calls) == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_texts_and_steps_go_through_one_session(small_model, monkeypatch) -> None:
+    """A second one would pack the weights once more; of torch's decoder only the text's projection is used."""
+    decoder = copy.deepcopy(small_model.decoder)
+    backend = LiveOnnxBackend(decoder, 2, 40)
+    assert len(onnx._SESSIONS[decoder]) == 1
+    with monkeypatch.context() as patch:
+        for name in ("blocks", "norm", "head", "embed"):
+            patch.delitem(decoder._modules, name)
+        first = backend.prefill(0, features(6), [1, 2, 3])
+    for token in ([], [1], [2], [3]):
+        again = backend.decode([1], torch.tensor(token))[0] if token else backend.prefill(1, features(6))
+    torch.testing.assert_close(first, again, atol=2e-5, rtol=1e-5)
+    assert len(onnx._SESSIONS[decoder]) == 1
 
 
 @pytest.mark.parametrize(

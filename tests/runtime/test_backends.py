@@ -87,6 +87,16 @@ def test_logits_are_those_of_the_whole_sequence(decoder, kind, given: int) -> No
         torch.testing.assert_close(logits, whole(decoder, text, tokens[: at + 1]), **near)
 
 
+@pytest.mark.parametrize(("length", "given"), [(1, 0), (1, 1), (3, 37), (40, 0)])
+def test_a_prefill_of_the_smallest_and_the_largest_size(decoder, kind, length: int, given: int) -> None:
+    name, make = kind
+    backend, tokens = make(2, 40), [(31 * at) % 4000 for at in range(given)]
+    logits = backend.prefill(1, features(length), tokens)
+    near = EXACT if name == FLOAT8 else NEAR.get(name, EXACT)
+    torch.testing.assert_close(logits, whole(decoder, features(length), tokens), **near)
+    assert backend.lengths == [0, length + given]
+
+
 @pytest.mark.parametrize("crowd", [2, 3, 5, 8, 17])
 def test_a_rows_bits_do_not_depend_on_the_others(kind, crowd: int) -> None:
     alone, among = kind[1](1, 40), kind[1](crowd, 40)
