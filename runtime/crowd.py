@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from kinetok.errors import UserError
-from kinetok.kernels.kinematics import HEADING_CHANGE, ROOT_VELOCITY, local_pose, matrix_from_6d, sixd_from_matrix
 from kinetok.model.config import FRAME_RATE
 from kinetok.model.pretrained import ModelBundle
 from kinetok.motion import Motion
-from kinetok.motion.features import ROTATIONS
-from kinetok.runtime.backends import open_backend, open_detokenizer
+from kinetok.runtime.backends import DrawingBackend, open_backend, open_detokenizer
 from kinetok.runtime.character import Character, Job
 from kinetok.runtime.memory import memory_plan
 from kinetok.runtime.scheduler import Scheduler
+from kinetok.runtime.standing import Standing
 
 UNREAD_SECONDS = 20.0  # a character whose frames nobody reads stands still after so many; longer than any trained clip
 
@@ -42,12 +41,11 @@ class Update:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Reading:
-    """How far a character's frames were read; replaced as a whole. ``last`` is a frame that stands for all that was read: its
-    steps lead from the origin to where the figure is."""
+    """How far a character's frames were read, and where that left the figure; replaced as a whole."""
 
     read: int = 0
     unread: tuple[np.ndarray, ...] = ()
-    last: Tensor | None = None
+    at: Standing = field(default_factory=Standing)
 
     @property
     def waiting(self) -> int:
@@ -67,19 +65,31 @@ class Crowd:
     """``characters`` at once on one model, twice as many without guidance; all memory is taken here.
 
     positions: of text and motion a character may need, at most the model's ``block_size``. queue: how many may wait, and
-    how many that are over may lie unread. Calls may come from several threads, one is served at a time.
+    how many that are over may lie unread. warm: prepare every kind of step here too, where the backend knows how
+    (``DrawingBackend.warm_up``). Calls may come from several threads, one is served at a time.
     Raises ``UserError`` where the memory is not there.
     """
 
     def __init__(
-        self, model: ModelBundle, backend: str, characters: int, positions: int, queue: int, kv: str = "auto"
+        self,
+        model: ModelBundle,
+        backend: str,
+        characters: int,
+        positions: int,
+        queue: int,
+        kv: str = "auto",
+        *,
+        warm: bool = True,
     ) -> None:
         slots = 2 * characters
         self.model = model
         device = model.tokenizer.decoder.last.weight.device
         with memory_plan(f"a crowd of {characters} characters with {positions} positions each", device):
-            self.scheduler = Scheduler(open_backend(backend, model, slots, positions, kv), model.decoder.config, queue)
+            opened = open_backend(backend, model, slots, positions, kv)
+            self.scheduler = Scheduler(opened, model.decoder.config, queue)
             self.detokenizer = open_detokenizer(backend, model.tokenizer, slots)
+            if warm and isinstance(opened, DrawingBackend):
+                opened.warm_up()
         # Frames are made beside the decoder's next step, which is under way by then.
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._scale, self._shift = (torch.from_numpy(x).to(device, torch.float32) for x in (model.std, model.mean))
@@ -119,13 +129,16 @@ class Crowd:
     def submit(self, job: Job, text: str) -> int:
         """Put a character into the queue. Raises ``UserError`` when too many wait or lie unread, or it can never run."""
         with self._turn():
-            unread = sum(figure.character.over for figure in self._figures.values())
-            if unread >= self._queue:
-                raise UserError(f"{unread} characters are over and unread: poll or cancel some of them first")
+            self._check_unread()
             self._detokenize()  # what an exception left undone, before its place goes to somebody else
             figure = _Figure(self.scheduler.submit(job), text)
             self.scheduler.admit()
             return self._add(figure)
+
+    def _check_unread(self) -> None:
+        unread = sum(figure.character.over for figure in self._figures.values())
+        if unread >= self._queue:
+            raise UserError(f"{unread} characters are over and unread: poll or cancel some of them first")
 
     def _add(self, figure: _Figure) -> int:
         handle, self._next = self._next, self._next + 1
@@ -133,9 +146,12 @@ class Crowd:
         return handle
 
     def _get(self, handle: int) -> _Figure:
-        if handle not in self._figures:
-            raise UserError(f"no character {handle!r}: it was cancelled or read to its end, or never submitted")
-        return self._figures[handle]
+        try:
+            return self._figures[handle]
+        except (KeyError, TypeError):  # what cannot be a key either
+            raise UserError(
+                f"no character {handle!r}: it was cancelled or read to its end, or never submitted"
+            ) from None
 
     def step(self) -> int:
         """One token for everyone who runs and is read; returns how many characters got one or ended (0: nothing to do)."""
@@ -182,6 +198,7 @@ class Crowd:
         """A twin with the same past, which goes on by ``job``'s draws; its first frame is the one after the newest."""
         with self._turn():
             figure = self._get(handle)
+            self._check_unread()
             self._detokenize()
             twin = _Figure(self.scheduler.fork(figure.character, job), figure.text)
             if figure.place is not None:
@@ -190,9 +207,9 @@ class Crowd:
                     self.detokenizer.copy(figure.place, place)
                 twin.place = place
             seen = figure.reading
-            last = _stand(np.concatenate(seen.unread), seen.last)[2] if seen.unread else seen.last
-            # The twin's world starts where the first one's newest frame is.
-            twin.reading = _Reading(seen.read + seen.waiting, (), last)
+            at = seen.at.walk(np.concatenate(seen.unread))[2] if seen.unread else seen.at
+            # The twin's frames start where the first one's newest frame is.
+            twin.reading = _Reading(seen.read + seen.waiting, (), at)
             return self._add(twin)
 
     def redirect(self, handle: int, job: Job, carry: int, text: str) -> None:
@@ -269,32 +286,13 @@ class Crowd:
     def _block(self, figure: _Figure) -> Motion:
         seen = figure.reading
         features = np.concatenate(seen.unread)
-        rotations, root, last = _stand(features, seen.last)
-        motion = Motion(rotations=rotations.numpy(), root=root.numpy(), offsets=self.model.offsets, text=figure.text)
+        rotations, root, at = seen.at.walk(features)
+        motion = Motion(rotations=rotations, root=root, offsets=self.model.offsets, text=figure.text)
         motion.features = features
-        figure.reading = _Reading(seen.read + len(features), (), last)
+        figure.reading = _Reading(seen.read + len(features), (), at)
         return motion
 
 
 def _lost(figure: _Figure) -> bool:
     """Over before its end: no frames will come."""
     return figure.character.over and figure.character.state != "done"
-
-
-def _stand(features: np.ndarray, last: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotations ``[T, 22, 3, 3]`` and root ``[T, 3]`` of features ``[T, 272]`` that follow on ``last``, and the new last.
-
-    A clip starts at the origin and faces +Z, so a frame before it whose first step leads to where the figure stands, and
-    whose heading change turns it as it has turned, stands for everything before.
-    """
-    x = torch.from_numpy(features.astype(np.float64))
-    skip = 0 if last is None else 1
-    if last is not None:
-        x = torch.cat((last[None], x))
-    rotations, root = local_pose(x)
-    # The root's rotation is the heading's inverse times the one without heading, which the frame holds.
-    heading = matrix_from_6d(x[-1, ROTATIONS][:6]) @ rotations[-1, 0].T
-    end = x[-1].clone()
-    end[ROOT_VELOCITY] = root[-1, [0, 2]]
-    end[HEADING_CHANGE] = sixd_from_matrix(heading)
-    return rotations[skip:], root[skip:], end

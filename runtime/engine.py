@@ -30,6 +30,7 @@ from kinetok.runtime.scheduler import Scheduler
 from kinetok.runtime.stream import Stream
 
 T = TypeVar("T")
+LATEST = 1e9  # seconds, thirty years: a number that a clock can be added to
 ATTENTION = {
     "torch": "torch scaled_dot_product_attention",
     "fused": "kinetok decode_attention and prefix_attention",
@@ -40,10 +41,9 @@ def load(path_or_id: str | Path | None = None, device: str = "auto", dtype: str 
     """Load a model: a directory, a hub id ``owner/name``, or None for the default model in the package.
 
     device "auto" is CUDA where there is one; dtype "auto" is the stored one on CUDA and float32 on a CPU. limits:
-    ``Engine``'s characters, positions, queue, backend and kv. On a CPU quantised weights become the values that they stand
-    for, once; where there is no memory for those they stay packed, which is slow. For the backend fused all weights are
-    packed here, without a second copy. Raises ``UserError`` for what is not an
-    intact model, and, saying what would fit, where the memory is not there.
+    ``Engine``'s other parameters. On a CPU quantised weights become the values that they stand for, once; where there is no
+    memory for those they stay packed, which is slow. For the backend fused all weights are packed here, without a second
+    copy. Raises ``UserError`` for what is not an intact model, and, saying what would fit, where the memory is not there.
     """
     check_names(limits.get("backend", "auto"), limits.get("kv", "auto"))  # before reading gigabytes
     need = weight_bytes(path_or_id, device, dtype)
@@ -67,8 +67,10 @@ class Engine:
     backend: "auto" (``choose_backend``) or what ``open_backend`` takes. kv: how keys and values are kept, "auto" for the
     weights' dtype, or "fp8", half of bf16's memory, with the backend fused. characters: how many of a crowd run at once
     (twice as many without guidance); positions: of text and motion a character or a clip may need, the model's own limit by
-    default; queue: how many may wait. A crowd's memory is taken, all of it, by the first
-    ``submit``. ``timings`` holds the seconds that each stage of the last ``generate`` took: text, decode, detokenize, motion.
+    default; queue: how many may wait. A crowd's memory is taken, all of it, by ``warm_up`` or the first ``submit``.
+    warm: with the backend fused on a GPU, the graphs of all steps are captured then, and when a first stream is opened; False
+    leaves each to its first use, in the middle of a crowd, and starts sooner. ``timings`` holds the seconds that each stage
+    of the last ``generate`` took: text, decode, detokenize, motion.
     Raises ``UserError`` for limits that no model has, and for a backend or kv that this one cannot have.
     """
 
@@ -81,6 +83,7 @@ class Engine:
         characters: int = 16,
         positions: int | None = None,
         queue: int = 64,
+        warm: bool = True,
     ) -> None:
         most = model.decoder.config.block_size
         positions = most if positions is None else positions
@@ -96,7 +99,7 @@ class Engine:
         self.backend, self.backend_reason = chosen
         check_backend(self.backend, model, kv)
         self.characters, self.queue, self.kv = characters, queue, kv
-        self.positions = positions
+        self.positions, self.warm = positions, warm
         bank = PromptBank.load(model.bank) if model.bank is not None else None
         self.text = BankedEncoder(bank, model.text_encoder, model.decoder.config.text_dim)
         self.timings: dict[str, float] = {}
@@ -174,7 +177,11 @@ class Engine:
         return Stream(_taken(self._stages, self._stage), self._stages.append, job, text, redirected, self._carried)
 
     def _stage(self) -> Crowd:
-        return Crowd(self.model, self.backend, 1, self.positions, queue=1, kv=self.kv)
+        return Crowd(self.model, self.backend, 1, self.positions, queue=1, kv=self.kv, warm=self.warm)
+
+    def warm_up(self) -> None:
+        """Do now what the first ``submit`` would wait for: take the crowd's memory, capture the graphs of its steps."""
+        self._start()
 
     def submit(
         self,
@@ -194,8 +201,10 @@ class Engine:
         crowd = self._start()
         chosen, text = self._params(params, keywords), check_prompt(prompt)
         number = isinstance(deadline, int | float) and not isinstance(deadline, bool)
-        if deadline is not None and not (number and math.isfinite(deadline) and deadline > 0):
-            raise UserError(f"deadline: expected seconds from now, more than 0, got {deadline!r}")
+        if deadline is not None and not (number and 0 < deadline <= LATEST):
+            raise UserError(
+                f"deadline: expected seconds from now, more than 0 and at most {LATEST:g}, got {deadline!r}"
+            )
         limit = None if deadline is None else time.monotonic() + deadline
         return crowd.submit(self._job(text, chosen, request, deadline=limit), text)
 
@@ -218,7 +227,8 @@ class Engine:
         """A twin of a running character, with a draw of its own from here on: the prompt is prefilled once for all twins.
 
         Right after ``submit`` it is the clip that ``submit(prompt, request=...)`` would give. request, seed: None keeps
-        the first one's. Raises ``UserError`` when the character waits or is over, or no slots are free.
+        the first one's. Raises ``UserError`` when the character waits or is over, no slots are free, or too many that are over
+        lie unread.
         """
         crowd = self._start()
         job = crowd.job(handle)
@@ -245,11 +255,17 @@ class Engine:
             return self._crowd
         with self._making:
             if self._crowd is None:
-                self._crowd = Crowd(self.model, self.backend, self.characters, self.positions, self.queue, self.kv)
+                self._crowd = Crowd(
+                    self.model, self.backend, self.characters, self.positions, self.queue, self.kv, warm=self.warm
+                )
             return self._crowd
 
     def _params(self, params: SamplingParams | None, keywords: dict[str, Any]) -> SamplingParams:
         names = [field.name for field in fields(SamplingParams)]
+        if not isinstance(params, SamplingParams | None):
+            raise UserError(
+                f"params: expected SamplingParams, got {type(params).__name__}; several prompts are one list"
+            )
         unknown = sorted(set(keywords) - set(names))
         if unknown:
             raise UserError(f"unknown sampling parameters {unknown}: expected some of {names}")

@@ -17,8 +17,8 @@ FALLBACK: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guida
 
 
 def _number(name: str, value: Any, low: float, high: float, what: str) -> None:
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (fine and low <= value <= high):
+    fine = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (fine and low <= value <= high):  # written so that NaN is refused
         raise UserError(f"{name}: expected {what}, got {value!r}")
 
 
@@ -54,7 +54,8 @@ class SamplingParams:
             _number("guidance", self.guidance, 0, 100, "a number from 0 to 100 (1 is off)")
         for name, low, high in (("seed", 0, 2**64 - 1), ("top_k", 0, 2**31), ("max_tokens", 1, 2**31)):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or not low <= value <= high):
+            given = value is not None or name == "seed"  # no model has a seed of its own
+            if given and (type(value) is not int or not low <= value <= high):
                 raise UserError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
 
     def resolve(self, defaults: Mapping[str, Any]) -> Self:

@@ -2,9 +2,9 @@
 
 On the default model in fp32 and bf16, and on two layers as wide as the 7B's and the 3B's (random weights, bf16): logits near
 torch's; bits of steps, prefills and clips, alone and in company; a graph's replay against the call that it was captured
-from; draws on the device against draws on the host; an fp8 cache. Then random joins, leaves, twins, new prompts and
-faults (soak_crowd.py). Exit code 1 where a check fails or does not end, 2 without a GPU. ``--device cpu`` runs the
-definitions instead, to check this script.
+from; draws on the device against draws on the host; a crowd whose graphs were captured at its start; an fp8 cache. Then
+random joins, leaves, twins, new prompts and faults (soak_crowd.py). Exit code 1 where a check fails or does not end, 2
+without a GPU. ``--device cpu`` runs the definitions instead, to check this script.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from kinetok.runtime import SamplingParams  # noqa: E402
 from kinetok.runtime.backends.fused import FusedBackend  # noqa: E402
 from kinetok.runtime.backends.torch import TorchBackend  # noqa: E402
 from kinetok.runtime.character import Character, Job  # noqa: E402
+from kinetok.runtime.memory import bytes_available  # noqa: E402
 from kinetok.runtime.scheduler import Scheduler  # noqa: E402
 
 PARTS = "fp32", "bf16", "events", "7B", "3B"
@@ -67,6 +68,7 @@ def checks(decoder: MotionDecoder, texts: Sequence[Tensor], steps: int) -> Itera
     yield prefills_keep_their_bits(decoder, texts)
     yield replay_is_the_call(decoder, texts)
     yield device_draws_as_the_host(decoder, texts, steps)
+    yield nothing_is_captured_later(decoder, texts, steps)
 
 
 @torch.inference_mode()
@@ -154,6 +156,28 @@ def replay_is_the_call(decoder: MotionDecoder, texts: Sequence[Tensor]) -> Findi
     captured = len(replayed._graphs)
     passed = different == 0 and captured == (1 if replayed.device.type == "cuda" else 0)
     return Finding("a graph's replay is the call", passed, f"{different} of 3 steps differ, {captured} graphs captured")
+
+
+def nothing_is_captured_later(decoder: MotionDecoder, texts: Sequence[Tensor], steps: int) -> Finding:
+    """A crowd after ``warm_up``: its clips are those of one without, and none of its steps waits for a capture."""
+    made, capacity = jobs(texts, steps), max(map(len, texts)) + steps
+    warm, cold = (FusedBackend(decoder, 2 * len(made), capacity) for _ in range(2))
+    free, began = bytes_available(warm.device), time.perf_counter()
+    warm.warm_up()
+    if warm.device.type == "cuda":
+        torch.cuda.synchronize()
+    took, left, before = time.perf_counter() - began, bytes_available(warm.device), set(warm._graphs)
+    clips = [
+        [character.tokens for character in _run(Scheduler(backend, decoder.config, len(made)), made, every=1)]
+        for backend in (warm, cold)
+    ]
+    later = set(warm._graphs) - before
+    same = "the same" if clips[0] == clips[1] else "other"
+    detail = f"{len(before)} graphs in {took:.1f} s, {len(later)} later, {same} clips"
+    if free is not None and left is not None and before:
+        detail += f", {(free - left) / 1e6:.0f} MB"
+    passed = clips[0] == clips[1] and not later and bool(before) == (warm.device.type == "cuda")
+    return Finding("nothing is captured after a warm-up", passed, detail)
 
 
 def device_draws_as_the_host(decoder: MotionDecoder, texts: Sequence[Tensor], steps: int) -> Finding:

@@ -185,7 +185,7 @@ class Chaos:
         try:
             twin = self.engine.fork(handle, request=request)
         except UserError as error:
-            assert "fork" in str(error), error
+            assert "fork" in str(error) or "unread" in str(error), error
             return
         old, written = self.stories[handle], self.crowd.written(handle)
         self.stories[twin] = Story(

@@ -3,6 +3,7 @@
 from kinetok.kernels.kinematics.op import pose_from_features
 from kinetok.kernels.kinematics.reference import (
     HEADING_CHANGE,
+    ROOT_HEIGHT,
     ROOT_VELOCITY,
     forward_kinematics,
     heading_and_path,
@@ -15,6 +16,7 @@ from kinetok.kernels.kinematics.reference import (
 
 __all__ = [
     "HEADING_CHANGE",
+    "ROOT_HEIGHT",
     "ROOT_VELOCITY",
     "forward_kinematics",
     "heading_and_path",

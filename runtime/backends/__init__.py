@@ -72,6 +72,10 @@ class DrawingBackend(Backend, Protocol):
         """
         ...
 
+    def warm_up(self) -> None:
+        """Prepare every kind of step that there can be, so that no crowd waits for it later. No slot changes."""
+        ...
+
     def begin(self, slots: Sequence[int], lengths: Sequence[int], draw: Draw, written: int, logits: Tensor) -> Reading:
         """Draw a character's token number ``written`` from ``logits [len(slots), head_rows]``.
 

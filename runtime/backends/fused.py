@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from weakref import WeakKeyDictionary
 
 import torch
@@ -73,6 +75,14 @@ class Drawn:
         return self._read[slot - self._first]
 
 
+def _doublings(least: int, most: int) -> list[int]:
+    """least, twice as much and so on, cut off at most."""
+    found = [least]
+    while found[-1] < most:
+        found.append(2 * found[-1])
+    return [*found[:-1], most]
+
+
 def _on_its_way(x: Tensor) -> Tensor:
     if not x.is_cuda:
         return x.clone()
@@ -85,8 +95,9 @@ class FusedBackend(TorchBackend):
     Newest token, next position, draw and state of every slot are tensors on the device, which a step reads and moves on:
     decode, guidance, draw, position and end are one captured graph, and nothing in it waits for the host. A step
     runs the first 1, 2, 4, ... slots and looks at the first 64, 128, 256, ... positions, so that a few graphs serve every
-    crowd. A slot among them that does not take part feeds the token that it has to feed next, and draws nothing: its
-    own next step writes the same position again. On a CPU the same step runs by its definition: right, slow, and tested.
+    crowd; ``warm_up`` captures them. A slot among them that does not take part feeds the token that it has to feed next, and
+    draws nothing: its own next step writes the same position again. On a CPU the same step runs by its definition: right,
+    slow, and tested.
     **Never run on a GPU yet.**
 
     float8: keys and values are e4m3 codes, half the memory of bf16; a scale for each slot, layer and head is fixed when the
@@ -168,6 +179,16 @@ class FusedBackend(TorchBackend):
         return logits
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """On a GPU capture the graphs of all draws, on a CPU nothing. ``decode``'s come when one is needed: only what was cut
+        off is decoded without a draw."""
+        if self._pool is None:
+            return
+        for rows, reach in product(_doublings(1, self.slots), _doublings(LEAST_REACH, self.capacity)):
+            for kind in ("greedy", "plain", *(("guided",) if rows > 1 else ())):
+                self._captured((kind, rows, reach), partial(self._drawn, kind, rows, reach))
+
+    @torch.inference_mode()
     def begin(self, slots: Sequence[int], lengths: Sequence[int], draw: Draw, written: int, logits: Tensor) -> Drawn:
         first = slots[0]
         self._join(slots, lengths, draw, written)
@@ -193,7 +214,7 @@ class FusedBackend(TorchBackend):
         guided = any(len(self._slots_of[first]) == 2 for first in characters)
         greedy = not guided and all(self._draws[first].temperature == 0 for first in characters)
         kind = "guided" if guided else "greedy" if greedy else "plain"
-        tokens = self._run((kind, rows, reach), lambda: self._drawn(kind, rows, reach))
+        tokens = self._run((kind, rows, reach), partial(self._drawn, kind, rows, reach))
         for slot in slots:
             self.lengths[slot] += 1
         return Drawn(0, tokens, self._state.status[:rows])
@@ -256,9 +277,9 @@ class FusedBackend(TorchBackend):
 
     def _buckets(self, slots: Sequence[int]) -> tuple[int, int]:
         """How many slots a step runs, and how many positions it looks at, so that there are few kinds of steps."""
-        longest = max(self.lengths[slot] for slot in slots)
-        rows, reach = 1 << max(slots).bit_length(), max(LEAST_REACH, 1 << longest.bit_length())
-        return min(self.slots, rows), min(self.capacity, reach)
+        last, longest = max(slots), max(self.lengths[slot] for slot in slots)
+        rows = next(n for n in _doublings(1, self.slots) if n > last)
+        return rows, next(n for n in _doublings(LEAST_REACH, self.capacity) if n > longest)
 
     def _sent(self, numbers: list[int] | list[list[int]]) -> Tensor:
         """int64 on the device; the host does not wait."""
@@ -273,6 +294,11 @@ class FusedBackend(TorchBackend):
         """The result of ``call``, on a GPU from its graph: it is overwritten by the next run."""
         if self._pool is None:
             return call()
+        graph, result = self._captured(key, call)
+        graph.replay()
+        return result
+
+    def _captured(self, key: tuple[str, int, int], call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         if key not in self._graphs:
             # Kernels are compiled, and their scratch memory taken, before the capture and beside the current stream.
             side = torch.cuda.Stream(self.device)
@@ -284,9 +310,7 @@ class FusedBackend(TorchBackend):
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = call()
             self._graphs[key] = (graph, result)
-        graph, result = self._graphs[key]
-        graph.replay()
-        return result
+        return self._graphs[key]
 
     @contextmanager
     def _nobody_draws(self) -> Iterator[None]:

@@ -99,6 +99,14 @@ def test_clips_that_nobody_reads_fill_the_place_of_new_ones(soak) -> None:
     with pytest.raises(UserError, match="3 characters are over and unread"):
         engine.submit("walk")
     engine.cancel(handles[0])
+    runs = engine.submit("walk", seconds=2)
+    engine.fork(runs, seed=8)
+    engine.submit("walk", seconds=0.1)
+    engine.step()
+    engine.step()
+    with pytest.raises(UserError, match="3 characters are over and unread"):
+        engine.fork(runs)
+    engine.cancel(handles[1])
     assert read(engine, engine.submit("walk", seconds=0.1))[1] == "done"
 
 
@@ -119,7 +127,7 @@ def test_those_who_are_gone_are_named(soak) -> None:
     read(engine, done)
     engine.cancel(gone)
     for call in (engine.poll, engine.cancel, engine.fork, lambda handle: engine.redirect(handle, "sit")):
-        for handle in (done, gone, 99):
+        for handle in (done, gone, 99, [done]):
             with pytest.raises(UserError, match="no character"):
                 call(handle)
 
@@ -131,6 +139,10 @@ def test_bad_wishes(soak) -> None:
         ({"deadline": float("nan")}, "deadline"),
         ({"deadline": "soon"}, "deadline"),
         ({"deadline": True}, "deadline"),
+        ({"deadline": 10**400}, "deadline"),
+        ({"seconds": 10**400}, "seconds"),
+        ({"seed": None}, "seed"),
+        ({"params": "sit"}, "several prompts"),
         *(({"request": bad}, "request") for bad in (-1, 2**32, 1.0, "one", True, None)),
         ({"seconds": 9.0}, "room"),
         ({"speed": 1}, "speed"),

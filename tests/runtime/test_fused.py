@@ -145,7 +145,7 @@ def small() -> tuple[MotionDecoder, list[torch.Tensor]]:
 def test_what_a_gpu_will_be_asked_holds_for_the_definitions(small, script) -> None:
     check = script("benchmarks/runtime/check_fused.py")
     found = list(check.checks(*small, steps=9))
-    assert len(found) == 9 and all(finding.passed for finding in found), found
+    assert len(found) == 10 and all(finding.passed for finding in found), found
     assert check.random_events("cpu", 20).passed
 
 
@@ -235,22 +235,24 @@ def unseen(backend: FusedBackend) -> Iterator[None]:
         x.copy_(old)
 
 
-@pytest.mark.parametrize("float8", [False, True])
-def test_captured_and_replayed_steps_write_the_same_clips(small, script, monkeypatch, float8: bool) -> None:
-    """The order of warm-up, capture and replay, with a stand-in for CUDA's graphs and streams."""
+@pytest.mark.parametrize(("float8", "warm"), [(False, False), (True, False), (False, True)])
+def test_captured_and_replayed_steps_write_the_same_clips(small, script, monkeypatch, float8: bool, warm: bool) -> None:
+    """The order of warm-up, capture and replay, with a stand-in for CUDA's graphs and streams. warm: all are captured before
+    the first step, and none in the middle of the crowd."""
     check = script("benchmarks/runtime/check_fused.py")
     decoder, texts = small
+    monkeypatch.setattr("kinetok.runtime.backends.fused.LEAST_REACH", 8)
 
     def clips(backend: FusedBackend) -> list[list[int]]:
         made = check.jobs(texts, 9)
         return [c.tokens for c in check._run(Scheduler(backend, decoder.config, len(made)), made, every=1)]
 
-    by_calls, captured = (FusedBackend(decoder, 8, 30, float8=float8) for _ in range(2))
-    run, graphs = captured._run, []
+    by_calls, captured = (FusedBackend(decoder, 9, 30, float8=float8) for _ in range(2))
+    of_key, graphs = captured._captured, []
 
     def told(key: object, call: Callable[[], Tensor]) -> Tensor:
         StandInGraph.pending = staticmethod(call)
-        return run(key, call)
+        return of_key(key, call)
 
     def capture(graph: StandInGraph, **_: object) -> object:
         graph.call = graph.pending
@@ -271,7 +273,7 @@ def test_captured_and_replayed_steps_write_the_same_clips(small, script, monkeyp
     monkeypatch.setattr("kinetok.runtime.backends.fused.torch", Torch())
     monkeypatch.setattr(captured, "_pool", object())
     monkeypatch.setattr(captured, "_sent", lambda numbers: torch.tensor(numbers, dtype=torch.int64))
-    monkeypatch.setattr(captured, "_run", told)
+    monkeypatch.setattr(captured, "_captured", told)
     replays = []
 
     def replay(graph: StandInGraph) -> None:
@@ -281,6 +283,14 @@ def test_captured_and_replayed_steps_write_the_same_clips(small, script, monkeyp
             result.copy_(graph.call())
 
     monkeypatch.setattr(StandInGraph, "replay", replay, raising=False)
-    assert clips(captured) == clips(by_calls)
-    kinds = {key[0] for key in captured._graphs}
-    assert {"greedy", "plain", "guided"} <= kinds and len(replays) > len(graphs) == len(captured._graphs)
+    by_calls.warm_up()
+    if warm:
+        captured.warm_up()
+    before = set(captured._graphs)
+    assert clips(captured) == clips(by_calls) and not by_calls._graphs
+    assert {key[0] for key in captured._graphs} >= {"greedy", "plain", "guided"}
+    assert len(graphs) == len(captured._graphs) and len(set(map(id, replays))) <= len(graphs) and replays
+    if warm:
+        sizes = {(rows, reach) for rows in (1, 2, 4, 8, 9) for reach in (8, 16, 30)}
+        unguided = {(kind, *size) for kind in ("greedy", "plain") for size in sizes}
+        assert before == unguided | {("guided", *size) for size in sizes if size[0] > 1} == set(captured._graphs)
