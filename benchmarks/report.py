@@ -136,7 +136,10 @@ COLUMNS: dict[str, tuple[Cell, ...]] = {
         *(*SHARES, MEMORY, _number("over the first position", "cost_over_first", "{:.3f}")),
     ),
     "stream": (MODEL, ROUTE, _number("ttff ms", "median_ttff_ms"), _pair("block"), RATE, REAL, MEMORY),
-    "crowd": (MODEL, ROUTE, BATCH, _number("ttft ms", "median_ttft_ms"), _pair("itl"), RATE, REAL, MEMORY),
+    "crowd": (
+        *(MODEL, ROUTE, BATCH, _number("ttft ms", "median_ttft_ms"), _number("ramp ms p99", "p99_ramp_ms")),
+        *(_pair("itl"), RATE, REAL, MEMORY),
+    ),
     "tokenizer": (MODEL, ROUTE, BATCH, TOKENS, _pair("e2el"), _number("frames/s", "frames_per_s", "{:.0f}"), REAL),
 }
 

@@ -97,12 +97,12 @@ def alone_and_together(engine: Engine, count: int) -> dict[str, Any]:
 def _row(
     subject: Subject, settings: LiveSettings, engine: Engine, kind: str, batch: int, tokens: int, **figures: Any
 ) -> Row:
-    floats = name_of(activations(settings.dtype, settings.device))
+    kept: torch.dtype = engine._start().scheduler.backend.slab.dtype  # type: ignore[attr-defined]  # as in routes.py
     return {
         "kind": kind,
         "model": subject.name,
         "dtype": settings.dtype,
-        "kv": floats if settings.kv == "auto" else settings.kv,
+        "kv": name_of(kept),
         "batch": batch,
         "tokens": tokens,
         "text": len(engine.text.encode([PROMPT])[0]),
@@ -181,7 +181,8 @@ def stream(settings: LiveSettings, tell: Tell = print, save: Save = unsaved) -> 
 
 
 def crowd(settings: LiveSettings, tell: Tell = print, save: Save = unsaved) -> dict[str, Any]:
-    """Many characters: ``itl`` is a step of everyone, their frames read in it, ``ttft`` the first, prompts prefilled.
+    """Many characters: ``itl`` is a step in which everyone gets a token, their frames read in it; ``ramp`` one up to that in
+    which the last one got a first token, so that somebody's prompt was prefilled in it; ``ttft`` the first of these.
 
     A crowd in which somebody's frames are not those of the same character alone gets no figures, and is named.
     """
@@ -195,9 +196,8 @@ def crowd(settings: LiveSettings, tell: Tell = print, save: Save = unsaved) -> d
                 raise
             report.refuse(route="ours", batch=count, reason=one_line(error))
         else:
-            if row is None:
-                reason = "a character's frames among the others are not its frames alone; no speed is reported"
-                report.refuse(route="ours", batch=count, reason=reason)
+            if isinstance(row, str):
+                report.refuse(route="ours", batch=count, reason=row)
             else:
                 report.add(
                     row,
@@ -209,28 +209,35 @@ def crowd(settings: LiveSettings, tell: Tell = print, save: Save = unsaved) -> d
     return report.whole()
 
 
-def _crowd(subject: Subject, settings: LiveSettings, count: int) -> Row | None:
+def _crowd(subject: Subject, settings: LiveSettings, count: int) -> Row | str:
+    """The row of a crowd, or why it gets none."""
     memory = Memory(settings.device)
     engine = engine_of(subject, settings, count)
     check = alone_and_together(engine, count)
     if not check["passed"]:
-        return None
+        return "a character's frames among the others are not its frames alone; no speed is reported"
     config = subject.model.tokenizer.config
     tokens = round(settings.seconds * config.tokens_per_second)
-    firsts, steps, seconds, busy = [], [], [], []
+    firsts, ramp, steps, seconds, busy = [], [], [], [], []
     for repeat in range(1 + settings.repeats):
         spent, began = time.process_time(), time.perf_counter()
         mark = began
         handles = [engine.submit(PROMPT, seconds=settings.seconds, seed=repeat, request=i) for i in range(count)]
-        times = []
+        times, moved = [], []
         while handles:
-            engine.step()
+            moved.append(engine.step())
             handles = [handle for handle in handles if not engine.poll(handle).over]
             mark, before = time.perf_counter(), mark
             times.append(1e3 * (mark - before))
+        joined = moved.index(count) + 1 if count in moved else len(moved)
+        # Those who joined first also leave first, and a step of the rest costs less.
+        full = [spent for spent, n in zip(times[joined:], moved[joined:], strict=True) if n == count]
+        if not full:
+            return f"the first clips end before all have joined; ask for more than {settings.seconds:g} seconds"
         if repeat:
             firsts.append(times[0])
-            steps += times[1:]
+            ramp += times[:joined]
+            steps += full
             seconds.append(mark - began)
             busy.append(time.process_time() - spent)
     median = sorted(seconds)[len(seconds) // 2]
@@ -245,6 +252,7 @@ def _crowd(subject: Subject, settings: LiveSettings, count: int) -> Row | None:
         output_throughput=count * tokens / median,
         real_time_factor=tokens / median / config.tokens_per_second,
         **spread("ttft", firsts),
+        **spread("ramp", ramp),
         **spread("itl", steps),
         seconds=seconds,
         cpu_seconds=busy,

@@ -6,7 +6,7 @@ from typing import Any
 FORMAT = "kinetok-bench"
 VERSION = 2
 KEY = ("kind", "model", "dtype", "kv", "batch", "tokens", "text", "context", "route", "threads")
-SPREADS = ("ttft", "tpot", "itl", "e2el", "ttff", "block")
+SPREADS = ("ttft", "ramp", "tpot", "itl", "e2el", "ttff", "block")
 SHARES = ("mean", "median", "std", "p50", "p95", "p99")
 
 _TEXT, _WHOLE, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "integer", "minimum": 1}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kinetok.model.config import DecoderConfig
+from kinetok.runtime import steps
 from kinetok.runtime.bench import clock, decode, figures, live, record, subject, tokenizer
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -97,6 +98,19 @@ def test_stream_and_crowd(kinetok, model, tmp_path, kind, rows) -> None:
         assert row["output_throughput"] == pytest.approx(row["batch"] * 6 / sorted(row["seconds"])[2])
     if kind == "crowd":
         assert found["characters_in_real_time"]["66.7_ms"] in (0, 1, 3)
+
+
+def test_steps_in_which_some_are_still_to_join_are_measured_apart(kinetok, model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(steps, "PREFILLED_AT_ONCE", 1)  # one a step
+    arguments = "bench", "crowd", "--model", model, "--backend", "torch", "--json", tmp_path / "r.json"
+    spent: dict[str, list[float]] = {}
+    monkeypatch.setattr(live, "spread", lambda name, times: spent.update({name: times}) or clock.spread(name, times))
+    assert kinetok(*arguments, "--seconds", "0.6", "--characters", "4").code == 0
+    # Nine tokens each, the last one joins in the fourth step, the first one has its last token in the ninth.
+    assert {name: len(times) for name, times in spent.items()} == {"ttft": 5, "ramp": 5 * 4, "itl": 5 * 5}
+    assert kinetok(*arguments, "--seconds", "0.4", "--characters", "6").code == 1
+    refused = record.read(tmp_path / "r.json")["cannot_run"]
+    assert "before all have joined" in refused[0]["reason"]
 
 
 def test_random_weights_stream_too(monkeypatch) -> None:
