@@ -62,12 +62,12 @@ def captions(script) -> ModuleType:
 
 def test_the_tests_of_the_library_itself(cpp, build, bundle, tmp_path) -> None:
     for program in ("kinetok_tests", "kinetok_allocations"):
-        print(cpp.run(build / "tests" / program, bundle, tmp_path))
+        print(cpp.own_tests(build, program, bundle, tmp_path))
 
 
 def test_providers_that_are_not_here(cpp, build, bundle, tmp_path) -> None:
     stub = next((build / "tests").glob("*kinetok_stub_onnxruntime.*"))
-    print(cpp.run(build / "tests" / "kinetok_stub_tests", bundle, tmp_path, KINETOK_ONNXRUNTIME=str(stub)))
+    print(cpp.own_tests(build, "kinetok_stub_tests", bundle, tmp_path, KINETOK_ONNXRUNTIME=str(stub)))
 
 
 def _cases(count: int):

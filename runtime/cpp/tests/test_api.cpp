@@ -6,58 +6,58 @@
 #include <fstream>
 #include <thread>
 
-#include "check.hpp"
+#include "expect.hpp"
 #include "hosts.hpp"
 
 namespace fs = std::filesystem;
 
-TEST(null_is_an_argument_error) {
+TEST(Api, null_is_an_argument_error) {
   Host host(2);
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_model_open(nullptr, nullptr, &host.model));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_model_open(bundle_folder.c_str(), nullptr, nullptr));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_model_query(host.model, nullptr));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_joint(host.model, 0, 0, nullptr));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_bank_find(host.model, nullptr, nullptr));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_bank_text(host.model, 0, nullptr));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_character_defaults(host.model, nullptr));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_character_create(host.model, nullptr, nullptr));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_frame_floats(host.model, 0, nullptr));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_model_open(nullptr, nullptr, &host.model));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_model_open(bundle_folder.c_str(), nullptr, nullptr));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_model_query(host.model, nullptr));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_joint(host.model, 0, 0, nullptr));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_bank_find(host.model, nullptr, nullptr));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_bank_text(host.model, 0, nullptr));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_character_defaults(host.model, nullptr));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_character_create(host.model, nullptr, nullptr));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_frame_floats(host.model, 0, nullptr));
   const kt_character c = host.create();
   uint32_t read = 7;
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_character_query(c, nullptr));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_prompt(c, nullptr));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, 0, nullptr, 0, 1, &read));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, 0, nullptr, 0, 0, nullptr));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_read_tokens(c, nullptr, 1, &read));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_fork(c, 0, 0, nullptr));
-  CHECK(read == 7);
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_character_query(c, nullptr));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_prompt(c, nullptr));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, 0, nullptr, 0, 1, &read));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, 0, nullptr, 0, 0, nullptr));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_read_tokens(c, nullptr, 1, &read));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_fork(c, 0, 0, nullptr));
+  EXPECT_EQ(read, 7);
 }
 
-TEST(stale_and_invented_handles_are_recognised) {
+TEST(Api, stale_and_invented_handles_are_recognised) {
   kt_model gone = 0;
   kt_character orphan = 0;
   {
     Host host(2);
     gone = host.model;
     orphan = host.create();
-    CHECK_STATUS(KT_OK, kt_character_destroy(orphan));
-    CHECK_STATUS(KT_ERROR_HANDLE, kt_character_destroy(orphan));
+    EXPECT_STATUS(KT_OK, kt_character_destroy(orphan));
+    EXPECT_STATUS(KT_ERROR_HANDLE, kt_character_destroy(orphan));
     const kt_character again = host.create();  // in the same place
-    CHECK(again != orphan);
-    CHECK_STATUS(KT_ERROR_HANDLE, kt_cancel(orphan));
-    CHECK_STATUS(KT_ERROR_HANDLE, kt_step(again, 0, nullptr));  // a character is no model
-    CHECK_STATUS(KT_ERROR_HANDLE, kt_cancel(host.model));       // nor a model a character
+    EXPECT_NE(again, orphan);
+    EXPECT_STATUS(KT_ERROR_HANDLE, kt_cancel(orphan));
+    EXPECT_STATUS(KT_ERROR_HANDLE, kt_step(again, 0, nullptr));  // a character is no model
+    EXPECT_STATUS(KT_ERROR_HANDLE, kt_cancel(host.model));       // nor a model a character
     for (const uint64_t invented : {uint64_t{0}, uint64_t{1}, ~uint64_t{0}, gone ^ 1, gone ^ 0x100, again ^ (uint64_t{1} << 24), again ^ (uint64_t{1} << 63)}) {
-      CHECK_STATUS(KT_ERROR_HANDLE, kt_cancel(invented));
-      CHECK_STATUS(KT_ERROR_HANDLE, kt_step(invented, 0, nullptr));
+      EXPECT_STATUS(KT_ERROR_HANDLE, kt_cancel(invented));
+      EXPECT_STATUS(KT_ERROR_HANDLE, kt_step(invented, 0, nullptr));
     }
   }
-  CHECK_STATUS(KT_ERROR_HANDLE, kt_step(gone, 0, nullptr));
-  CHECK_STATUS(KT_ERROR_HANDLE, kt_model_close(gone));
-  CHECK_STATUS(KT_ERROR_HANDLE, kt_cancel(orphan));
+  EXPECT_STATUS(KT_ERROR_HANDLE, kt_step(gone, 0, nullptr));
+  EXPECT_STATUS(KT_ERROR_HANDLE, kt_model_close(gone));
+  EXPECT_STATUS(KT_ERROR_HANDLE, kt_cancel(orphan));
 }
 
-TEST(another_thread_is_refused_until_it_adopts) {
+TEST(Api, another_thread_is_refused_until_it_adopts) {
   Host host(1);
   const kt_character c = host.create();
   kt_status step = KT_OK, cancel = KT_OK, close = KT_OK, adopted = KT_ERROR_INTERNAL, after = KT_ERROR_INTERNAL;
@@ -66,65 +66,71 @@ TEST(another_thread_is_refused_until_it_adopts) {
     adopted = kt_model_adopt(host.model), after = kt_step(host.model, 0, nullptr);
   });
   other.join();
-  CHECK(step == KT_ERROR_THREAD && cancel == KT_ERROR_THREAD && close == KT_ERROR_THREAD);
-  CHECK(adopted == KT_OK && after == KT_OK);
-  CHECK_STATUS(KT_ERROR_THREAD, kt_step(host.model, 0, nullptr));
-  CHECK_STATUS(KT_OK, kt_model_adopt(host.model));
-  CHECK_STATUS(KT_OK, kt_step(host.model, 0, nullptr));
+  EXPECT_EQ(step, KT_ERROR_THREAD);
+  EXPECT_EQ(cancel, KT_ERROR_THREAD);
+  EXPECT_EQ(close, KT_ERROR_THREAD);
+  EXPECT_EQ(adopted, KT_OK);
+  EXPECT_EQ(after, KT_OK);
+  EXPECT_STATUS(KT_ERROR_THREAD, kt_step(host.model, 0, nullptr));
+  EXPECT_STATUS(KT_OK, kt_model_adopt(host.model));
+  EXPECT_STATUS(KT_OK, kt_step(host.model, 0, nullptr));
 }
 
-TEST(another_abi_is_refused) {
+TEST(Api, another_abi_is_refused) {
   Host host(1);
   auto info = sized<kt_model_info>();
   info.abi = 2;
-  CHECK_STATUS(KT_ERROR_VERSION, kt_model_query(host.model, &info));
+  EXPECT_STATUS(KT_ERROR_VERSION, kt_model_query(host.model, &info));
   info = sized<kt_model_info>();
   for (const uint32_t size : {0u, 7u, static_cast<uint32_t>(sizeof info) + 4}) {
     info.size = size;
-    CHECK_STATUS(KT_ERROR_VERSION, kt_model_query(host.model, &info));
+    EXPECT_STATUS(KT_ERROR_VERSION, kt_model_query(host.model, &info));
   }
   // No header ends within an address: half of one would be followed.
   auto source = sized<kt_prompt_source>();
   source.text = "text";
   source.size = 12;
-  CHECK_STATUS(KT_ERROR_VERSION, kt_prompt(host.create(), &source));
+  EXPECT_STATUS(KT_ERROR_VERSION, kt_prompt(host.create(), &source));
   info = sized<kt_model_info>();
   info.size = 16;  // an older header's: what it does not know stays untouched
   info.frame_rate = 12345;
-  CHECK_STATUS(KT_OK, kt_model_query(host.model, &info));
-  CHECK(info.joints == 22 && info.features == 272 && info.frame_rate == 12345);
+  EXPECT_STATUS(KT_OK, kt_model_query(host.model, &info));
+  EXPECT_EQ(info.joints, 22);
+  EXPECT_EQ(info.features, 272);
+  EXPECT_EQ(info.frame_rate, 12345);
   auto options = sized<kt_model_options>();
   kt_model model = 0;
   options.provider = "cpu";
   options.size = offsetof(kt_model_options, provider) + 4;
-  CHECK_STATUS(KT_ERROR_VERSION, kt_model_open(bundle_folder.c_str(), &options, &model));
+  EXPECT_STATUS(KT_ERROR_VERSION, kt_model_open(bundle_folder.c_str(), &options, &model));
   options = sized<kt_model_options>();
   options.abi = 0;
-  CHECK_STATUS(KT_ERROR_VERSION, kt_model_open(bundle_folder.c_str(), &options, &model));
-  CHECK(kt_version() == 100 && model == 0);
+  EXPECT_STATUS(KT_ERROR_VERSION, kt_model_open(bundle_folder.c_str(), &options, &model));
+  EXPECT_EQ(kt_version(), 100);
+  EXPECT_EQ(model, 0);
 }
 
-TEST(impossible_options_are_refused) {
+TEST(Api, impossible_options_are_refused) {
   const auto refused = [](auto change) {
     auto options = sized<kt_model_options>();
     change(options);
     kt_model model = 0;
     const kt_status status = kt_model_open(bundle_folder.c_str(), &options, &model);
-    CHECK(model == 0);
+    EXPECT_EQ(model, 0);
     return status;
   };
-  CHECK(refused([](auto& o) { o.characters = UINT32_MAX; }) == KT_ERROR_ARGUMENT);
-  CHECK(refused([](auto& o) { o.positions = UINT32_MAX; }) == KT_ERROR_ARGUMENT);
-  CHECK(refused([](auto& o) { o.ahead_frames = 1; }) == KT_ERROR_ARGUMENT);
-  CHECK(refused([](auto& o) { o.threads = 100000; }) == KT_ERROR_ARGUMENT);
-  CHECK(refused([](auto& o) { o.flags = 1u << 20; }) == KT_ERROR_ARGUMENT);
-  CHECK(refused([](auto& o) { o.provider = "NoSuchProvider"; }) == KT_ERROR_RUNTIME);
-  CHECK(refused([](auto& o) { o.onnxruntime = "/nowhere/libonnxruntime.so"; }) == KT_ERROR_RUNTIME);
-  CHECK(refused([](auto& o) { o.allocate = [](void*, size_t, size_t) -> void* { return nullptr; }; }) == KT_ERROR_ARGUMENT);
-  CHECK(refused([](auto& o) {
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.characters = UINT32_MAX; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.positions = UINT32_MAX; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.ahead_frames = 1; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.threads = 100000; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.flags = 1u << 20; }));
+  EXPECT_STATUS(KT_ERROR_RUNTIME, refused([](auto& o) { o.provider = "NoSuchProvider"; }));
+  EXPECT_STATUS(KT_ERROR_RUNTIME, refused([](auto& o) { o.onnxruntime = "/nowhere/libonnxruntime.so"; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.allocate = [](void*, size_t, size_t) -> void* { return nullptr; }; }));
+  EXPECT_STATUS(KT_ERROR_MEMORY, refused([](auto& o) {
           o.allocate = [](void*, size_t, size_t) -> void* { return nullptr; };
           o.release = [](void*, void*, size_t) {};
-        }) == KT_ERROR_MEMORY);
+        }));
 }
 
 // Counts what is out, and is called from inside kt_model_open and kt_model_close.
@@ -152,41 +158,46 @@ struct Allocator {
   kt_model other, own = 0;
 };
 
-TEST(memory_that_runs_out_is_given_back) {
+TEST(Api, memory_that_runs_out_is_given_back) {
   for (const uint32_t pieces : {0u, 1u, 4u, 9u, 16u}) {
     Allocator few(pieces);
-    CHECK_STATUS(KT_ERROR_MEMORY, kt_model_open(bundle_folder.c_str(), &few.options, &few.own));
-    CHECK(few.out == 0 && few.own == 0);
+    EXPECT_STATUS(KT_ERROR_MEMORY, kt_model_open(bundle_folder.c_str(), &few.options, &few.own));
+    EXPECT_EQ(few.out, 0);
+    EXPECT_EQ(few.own, 0);
   }
 }
 
-TEST(an_allocator_may_call_the_library) {
+TEST(Api, an_allocator_may_call_the_library) {
   const Host host(1);
   Allocator calling(UINT32_MAX, host.model);
-  CHECK_STATUS(KT_OK, kt_model_open(bundle_folder.c_str(), &calling.options, &calling.own));
-  CHECK_STATUS(KT_OK, kt_model_close(calling.own));
-  CHECK(calling.refused == 0 && calling.out == 0);
+  EXPECT_STATUS(KT_OK, kt_model_open(bundle_folder.c_str(), &calling.options, &calling.own));
+  EXPECT_STATUS(KT_OK, kt_model_close(calling.own));
+  EXPECT_EQ(calling.refused, 0);
+  EXPECT_EQ(calling.out, 0);
 }
 
-TEST(buffers_too_small_are_refused) {
+TEST(Api, buffers_too_small_are_refused) {
   const Host host(1);
   const kt_character c = host.create();
   host.prompt(c, 1);
   host.run();
   float small[90] = {};
   uint32_t read = 7;
-  for (const uint32_t frames : {1u, 1000u, UINT32_MAX}) CHECK_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, KT_LAYOUT_GLTF, small, 90, frames, &read));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, KT_LAYOUT_FEATURES, small, 90, 1, &read));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, 4, small, 90, 0, &read));
-  CHECK(read == 7 && host.query(c).unread_frames == 16);
-  CHECK_STATUS(KT_OK, kt_read_frames(c, KT_LAYOUT_GLTF, nullptr, 0, 0, &read));
-  CHECK(read == 0);
+  for (const uint32_t frames : {1u, 1000u, UINT32_MAX}) EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, KT_LAYOUT_GLTF, small, 90, frames, &read));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, KT_LAYOUT_FEATURES, small, 90, 1, &read));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_read_frames(c, 4, small, 90, 0, &read));
+  EXPECT_EQ(read, 7);
+  EXPECT_EQ(host.query(c).unread_frames, 16);
+  EXPECT_STATUS(KT_OK, kt_read_frames(c, KT_LAYOUT_GLTF, nullptr, 0, 0, &read));
+  EXPECT_EQ(read, 0);
   int32_t two[2] = {};
-  CHECK_STATUS(KT_OK, kt_read_tokens(c, two, 2, &read));  // the newest
-  CHECK(read == 2 && two[0] == host.tokens(c)[6] && two[1] == host.tokens(c)[7]);
+  EXPECT_STATUS(KT_OK, kt_read_tokens(c, two, 2, &read));  // the newest
+  EXPECT_EQ(read, 2);
+  EXPECT_EQ(two[0], host.tokens(c)[6]);
+  EXPECT_EQ(two[1], host.tokens(c)[7]);
 }
 
-TEST(a_character_that_fails_says_why_and_may_start_anew) {
+TEST(Api, a_character_that_fails_says_why_and_may_start_anew) {
   for (const uint32_t flags : {0u, uint32_t{KT_OPEN_INLINE}}) {
     const Host host(2, KT_OPEN_NO_TEXT | flags);
     const kt_character c = host.create(), other = host.create();
@@ -194,26 +205,29 @@ TEST(a_character_that_fails_says_why_and_may_start_anew) {
     auto source = sized<kt_prompt_source>();
     source.features = loud.data();
     source.rows = 1;
-    CHECK_STATUS(KT_OK, kt_prompt(c, &source));
+    EXPECT_STATUS(KT_OK, kt_prompt(c, &source));
     host.prompt(other, 1);
     host.run();
-    CHECK(host.query(c).state == KT_FAILED && host.query(other).state == KT_RUNNING);
-    CHECK(std::string(host.query(c).error).find("finite logits") != std::string::npos);
+    EXPECT_EQ(host.query(c).state, KT_FAILED);
+    EXPECT_EQ(host.query(other).state, KT_RUNNING);
+    EXPECT_NE(std::string(host.query(c).error).find("finite logits"), std::string::npos);
     float pose[91];
     uint32_t read = 7;
-    CHECK_STATUS(KT_ERROR_STATE, kt_read_frames(c, KT_LAYOUT_GLTF, pose, 91, 1, &read));
-    CHECK(read == 7 && std::string(kt_last_error()).find("finite logits") != std::string::npos);
+    EXPECT_STATUS(KT_ERROR_STATE, kt_read_frames(c, KT_LAYOUT_GLTF, pose, 91, 1, &read));
+    EXPECT_EQ(read, 7);
+    EXPECT_NE(std::string(kt_last_error()).find("finite logits"), std::string::npos);
     source = sized<kt_prompt_source>();
     source.banked = 2;
-    CHECK_STATUS(KT_ERROR_STATE, kt_prompt(c, &source));
-    CHECK_STATUS(KT_OK, kt_cancel(c));
-    CHECK_STATUS(KT_OK, kt_prompt(c, &source));
+    EXPECT_STATUS(KT_ERROR_STATE, kt_prompt(c, &source));
+    EXPECT_STATUS(KT_OK, kt_cancel(c));
+    EXPECT_STATUS(KT_OK, kt_prompt(c, &source));
     host.run();
-    CHECK(host.tokens(c) == host.tokens(other) && host.tokens(c).size() == 8);  // nothing of it is left
+    EXPECT_EQ(host.tokens(c), host.tokens(other));
+    EXPECT_EQ(host.tokens(c).size(), 8);  // nothing of it is left
   }
 }
 
-TEST(damaged_bundles_are_refused) {
+TEST(Api, damaged_bundles_are_refused) {
   const fs::path copy = fs::path(scratch_folder) / "damaged";
   const auto open = [&](uint32_t flags = KT_OPEN_NO_TEXT) {
     auto options = sized<kt_model_options>();
@@ -230,39 +244,39 @@ TEST(damaged_bundles_are_refused) {
       if (entry.path().filename() != "text_encoder.bin") fs::copy_file(entry.path(), copy / entry.path().filename());
   };
   fs::remove_all(copy);
-  CHECK_STATUS(KT_ERROR_BUNDLE, open());  // no folder
+  EXPECT_STATUS(KT_ERROR_BUNDLE, open());  // no folder
   fresh();
-  CHECK_STATUS(KT_OK, open());
-  CHECK_STATUS(KT_ERROR_BUNDLE, open(0));  // without the text encoder's weights
+  EXPECT_STATUS(KT_OK, open());
+  EXPECT_STATUS(KT_ERROR_BUNDLE, open(0));  // without the text encoder's weights
   for (const char* file : {"prefill.onnx", "decode.onnx", "detokenize_stream.onnx", "weights.bin", "detokenizer.bin", "bank.bin"}) {
     fs::rename(copy / file, copy / "away");
-    CHECK_STATUS(KT_ERROR_BUNDLE, open(KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES));
-    CHECK(std::string(kt_last_error()).find(file) != std::string::npos);
+    EXPECT_STATUS(KT_ERROR_BUNDLE, open(KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES));
+    EXPECT_NE(std::string(kt_last_error()).find(file), std::string::npos);
     fs::rename(copy / "away", copy / file);
   }
   fs::resize_file(copy / "weights.bin", fs::file_size(copy / "weights.bin") - 1);
-  CHECK_STATUS(KT_ERROR_BUNDLE, open());
+  EXPECT_STATUS(KT_ERROR_BUNDLE, open());
   fresh();
   {
     std::fstream file(copy / "weights.bin", std::ios::in | std::ios::out | std::ios::binary);
     file.seekp(100000);
     file.put(static_cast<char>(0x5a));
   }
-  CHECK_STATUS(KT_ERROR_HASH, open());
-  CHECK_STATUS(KT_OK, open(KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES));
+  EXPECT_STATUS(KT_ERROR_HASH, open());
+  EXPECT_STATUS(KT_OK, open(KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES));
   fresh();
   {  // the same length, but no graph
     std::ofstream file(copy / "decode.onnx", std::ios::binary);
     file << std::string(fs::file_size(fs::path(bundle_folder) / "decode.onnx"), 'x');
   }
-  CHECK_STATUS(KT_ERROR_HASH, open());
-  CHECK_STATUS(KT_ERROR_RUNTIME, open(KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES));
+  EXPECT_STATUS(KT_ERROR_HASH, open());
+  EXPECT_STATUS(KT_ERROR_RUNTIME, open(KT_OPEN_NO_TEXT | KT_OPEN_NO_HASHES));
   fs::resize_file(copy / "kinetok_bundle.json", 1000);
-  CHECK_STATUS(KT_ERROR_BUNDLE, open());
+  EXPECT_STATUS(KT_ERROR_BUNDLE, open());
   fs::remove_all(copy);
 }
 
-TEST(impossible_characters_and_prompts_are_refused) {
+TEST(Api, impossible_characters_and_prompts_are_refused) {
   Host host(2);
   kt_character_options how = host.defaults();
   const auto refused = [&](auto change) {
@@ -271,12 +285,12 @@ TEST(impossible_characters_and_prompts_are_refused) {
     kt_character c = 0;
     return kt_character_create(host.model, &changed, &c);
   };
-  CHECK(refused([](auto& o) { o.temperature = NAN; }) == KT_ERROR_ARGUMENT);
-  CHECK(refused([](auto& o) { o.temperature = 1e-9; }) == KT_ERROR_ARGUMENT);
-  CHECK(refused([](auto& o) { o.top_p = 0; }) == KT_ERROR_ARGUMENT);
-  CHECK(refused([](auto& o) { o.guidance = -1; }) == KT_ERROR_ARGUMENT);
-  CHECK(refused([](auto& o) { o.seconds = -1; }) == KT_ERROR_ARGUMENT);
-  CHECK(refused([](auto& o) { o.seconds = 1e9; }) == KT_ERROR_ARGUMENT);
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.temperature = NAN; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.temperature = 1e-9; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.top_p = 0; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.guidance = -1; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.seconds = -1; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.seconds = 1e9; }));
   how.seconds = INFINITY;
   const kt_character c = host.create(&how);
   const auto prompt = [&](auto change) {
@@ -285,24 +299,24 @@ TEST(impossible_characters_and_prompts_are_refused) {
     return kt_prompt(c, &source);
   };
   float numbers[400] = {};
-  CHECK(prompt([](auto&) {}) == KT_ERROR_ARGUMENT);
-  CHECK(prompt([](auto& p) { p.banked = 1, p.text = "a"; }) == KT_ERROR_ARGUMENT);
-  CHECK(prompt([](auto& p) { p.banked = 100000; }) == KT_ERROR_ARGUMENT);
-  CHECK(prompt([&](auto& p) { p.features = numbers; }) == KT_ERROR_ARGUMENT);
-  CHECK(prompt([&](auto& p) { p.features = numbers, p.rows = UINT32_MAX; }) == KT_ERROR_ARGUMENT);
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, prompt([](auto&) {}));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, prompt([](auto& p) { p.banked = 1, p.text = "a"; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, prompt([](auto& p) { p.banked = 100000; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, prompt([&](auto& p) { p.features = numbers; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, prompt([&](auto& p) { p.features = numbers, p.rows = UINT32_MAX; }));
   numbers[383] = NAN;
-  CHECK(prompt([&](auto& p) { p.features = numbers, p.rows = 1; }) == KT_ERROR_ARGUMENT);
-  CHECK(prompt([](auto& p) { p.text = "no encoder here"; }) == KT_ERROR_STATE);
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, prompt([&](auto& p) { p.features = numbers, p.rows = 1; }));
+  EXPECT_STATUS(KT_ERROR_STATE, prompt([](auto& p) { p.text = "no encoder here"; }));
   uint32_t id = 0;
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_bank_find(host.model, "nobody says this", &id));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_bank_find(host.model, "nobody says this", &id));
   auto joint = sized<kt_joint_info>();
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_joint(host.model, 22, 0, &joint));
-  CHECK_STATUS(KT_ERROR_ARGUMENT, kt_joint(host.model, 0, KT_LAYOUT_FEATURES, &joint));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_joint(host.model, 22, 0, &joint));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, kt_joint(host.model, 0, KT_LAYOUT_FEATURES, &joint));
   kt_character twin = 0;
-  CHECK_STATUS(KT_ERROR_STATE, kt_fork(c, 1, 1, &twin));
+  EXPECT_STATUS(KT_ERROR_STATE, kt_fork(c, 1, 1, &twin));
   const kt_character second = host.create();
   kt_character third = 0;
-  CHECK_STATUS(KT_ERROR_FULL, kt_character_create(host.model, nullptr, &third));
-  CHECK_STATUS(KT_OK, kt_character_destroy(second));
-  CHECK_STATUS(KT_OK, kt_character_create(host.model, nullptr, &third));
+  EXPECT_STATUS(KT_ERROR_FULL, kt_character_create(host.model, nullptr, &third));
+  EXPECT_STATUS(KT_OK, kt_character_destroy(second));
+  EXPECT_STATUS(KT_OK, kt_character_create(host.model, nullptr, &third));
 }

@@ -3,7 +3,7 @@
 #include <fstream>
 
 #include "bundle.hpp"
-#include "check.hpp"
+#include "expect.hpp"
 #include "wordpiece.hpp"
 
 using namespace kinetok;
@@ -13,28 +13,28 @@ static std::string manifest() { return read_file(bundle_folder + "/kinetok_bundl
 static std::string changed(const std::string& from, const std::string& to) {
   std::string text = manifest();
   const size_t at = text.find(from);
-  CHECK(at != std::string::npos);
+  EXPECT_NE(at, std::string::npos);
   return text.replace(at, from.size(), to);
 }
 
-TEST(json_is_strict) {
+TEST(Bundles, json_is_strict) {
   for (const char* good : {"{}", "[1, -2.5e3, \"a\\u00e9\\ud83d\\ude00\\n\", true, false, null]", " {\"a\": {\"b\": []}} ", "0"}) Json::parse(good);
   for (const char* bad : {"", "{", "[1,]", "{\"a\" 1}", "nan", "inf", "1e999", "\"\\ud800\"", "\"\n\"", "[1] 2", "tru", "\"\\x\"", "+1", "{1: 2}", "\"a"})
-    CHECK(thrown([bad] { Json::parse(bad); }) == KT_ERROR_BUNDLE);
-  CHECK(thrown([] { Json::parse(std::string(100000, '[')); }) == KT_ERROR_BUNDLE);
+    EXPECT_EQ(thrown([bad] { Json::parse(bad); }), KT_ERROR_BUNDLE);
+  EXPECT_EQ(thrown([] { Json::parse(std::string(100000, '[')); }), KT_ERROR_BUNDLE);
   std::string many = "[0";
   for (size_t i = 0; i < Json::MAX_VALUES; ++i) many += ",0";
-  CHECK(thrown([&] { Json::parse(many + "]"); }) == KT_ERROR_BUNDLE);
-  CHECK(Json::parse("\"\\u00e9\\ud83d\\ude00\"").string("x") == "\xc3\xa9\xf0\x9f\x98\x80");
+  EXPECT_EQ(thrown([&] { Json::parse(many + "]"); }), KT_ERROR_BUNDLE);
+  EXPECT_EQ(Json::parse("\"\\u00e9\\ud83d\\ude00\"").string("x"), "\xc3\xa9\xf0\x9f\x98\x80");
 }
 
-TEST(a_manifest_cut_anywhere_is_refused) {
+TEST(Bundles, a_manifest_cut_anywhere_is_refused) {
   const std::string text = manifest();
   const size_t end = text.find_last_of('}');
-  for (size_t at = 0; at < end; at += 1 + end / 97) CHECK(thrown([&] { Bundle::parse(std::string_view(text).substr(0, at)); }) == KT_ERROR_BUNDLE);
+  for (size_t at = 0; at < end; at += 1 + end / 97) EXPECT_EQ(thrown([&] { Bundle::parse(std::string_view(text).substr(0, at)); }), KT_ERROR_BUNDLE);
 }
 
-TEST(impossible_manifests_are_refused) {
+TEST(Bundles, impossible_manifests_are_refused) {
   const std::pair<const char*, const char*> changes[] = {
       {"\"kinetok-bundle\"", "\"another\""},
       {"\"layers\": 4", "\"layers\": 1e15"},
@@ -55,24 +55,28 @@ TEST(impossible_manifests_are_refused) {
   };
   for (const auto& [from, to] : changes) {
     const std::string text = changed(from, to);
-    if (thrown([&] { Bundle::parse(text); }) != KT_ERROR_BUNDLE) throw Failure(std::string("accepted ") + to);
+    EXPECT_EQ(thrown([&] { Bundle::parse(text); }), KT_ERROR_BUNDLE) << "with " << to;
   }
-  CHECK(thrown([] { Bundle::parse(changed("\"version\": 1", "\"version\": 2")); }) == KT_ERROR_VERSION);
+  EXPECT_EQ(thrown([] { Bundle::parse(changed("\"version\": 1", "\"version\": 2")); }), KT_ERROR_VERSION);
   Bundle::parse(changed("\"version\": 1", "\"unknown\": [1], \"version\": 1"));
 }
 
-TEST(another_text_encoder_is_left_out) {
+TEST(Bundles, another_text_encoder_is_left_out) {
   const Bundle own = Bundle::parse(manifest()), other = Bundle::parse(changed("\"vocab\": ", "\"tokenizer\": "));
-  CHECK(own.has_graph("text_encoder") && !other.has_graph("text_encoder") && other.bank.size() == own.bank.size());
+  EXPECT_TRUE(own.has_graph("text_encoder"));
+  EXPECT_FALSE(other.has_graph("text_encoder"));
+  EXPECT_EQ(other.bank.size(), own.bank.size());
 }
 
-TEST(sentences_that_are_no_utf8_are_refused) {
+TEST(Bundles, sentences_that_are_no_utf8_are_refused) {
   const Bundle bundle(bundle_folder);
   WordPiece words(bundle.text, read_file(bundle.file(bundle.text.vocab, false), 64u << 20));
   int64_t ids[200];
   for (const char* bad : {"\x80", "\xc3", "\xc0\x80", "\xed\xa0\x80", "\xf4\x90\x80\x80", "a\xff", "\xe2\x82"})
-    CHECK(thrown([&] { words.encode(bad, ids, bundle.text.max_ids); }) == KT_ERROR_ARGUMENT);
-  CHECK(thrown([&] { words.encode(std::string(WordPiece::MOST_BYTES + 1, 'a'), ids, bundle.text.max_ids); }) == KT_ERROR_ARGUMENT);
-  CHECK(words.encode(std::string(WordPiece::MOST_BYTES, '.'), ids, bundle.text.max_ids) == bundle.text.max_ids);
-  CHECK(words.encode("", ids, bundle.text.max_ids) == 2 && ids[0] == bundle.text.start_id && ids[1] == bundle.text.end_id);
+    EXPECT_EQ(thrown([&] { words.encode(bad, ids, bundle.text.max_ids); }), KT_ERROR_ARGUMENT);
+  EXPECT_EQ(thrown([&] { words.encode(std::string(WordPiece::MOST_BYTES + 1, 'a'), ids, bundle.text.max_ids); }), KT_ERROR_ARGUMENT);
+  EXPECT_EQ(words.encode(std::string(WordPiece::MOST_BYTES, '.'), ids, bundle.text.max_ids), bundle.text.max_ids);
+  EXPECT_EQ(words.encode("", ids, bundle.text.max_ids), 2);
+  EXPECT_EQ(ids[0], bundle.text.start_id);
+  EXPECT_EQ(ids[1], bundle.text.end_id);
 }
