@@ -14,7 +14,7 @@ try:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 except ImportError as error:
-    raise missing_package("onnx", "onnx", "exporting to ONNX") from error
+    raise missing_package("onnx", "onnx", "making ONNX graphs") from error
 
 OPSETS = (23, 24, 18)
 MICROSOFT = "com.microsoft"

@@ -1,5 +1,6 @@
 """The decoder's two graphs, prefill and decode step, over a static KV cache (MotionMillion, section 3; docs/bundle.md)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,8 +9,11 @@ from torch import Tensor
 from kinetok.kernels.rotary import rotary_table
 from kinetok.model.config import DecoderConfig
 from kinetok.model.graphs.builder import Graph, Weights
-from kinetok.model.graphs.ops import attention, rms_norm, rotate, silu
+from kinetok.model.graphs.ops import attention, cached_attention, cached_heads, rms_norm, rotate, silu
 from kinetok.model.graphs.precision import Precision, Tensors, linear, to_numpy
+
+Attend = Callable[[int, str], str]
+"""A layer's number and its queries, keys and values ``[B, T, 3 d]`` to the heads' mixed values ``[B, T, d]``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +46,7 @@ class DecoderExport:
         positions = g.node("Expand", g.node("Unsqueeze", at, g.const([0])), self._pair(g, rows, width))
         real = g.node("Less", g.reshape(at, 1, 1, 1, -1), g.reshape(lengths, -1, 1, 1, 1))
         visible = g.node("Expand", real, g.node("Concat", rows, g.const([1]), width, width, axis=0))
-        x = self._blocks(g, x, past, positions, visible, over_text=True)
+        x = self._blocks(g, x, self._attention(g, past, positions, visible, over_text=True))
         last = g.node("Sub", lengths, g.const(1))
         index = g.node("Concat", g.reshape(g.range(rows), -1, 1), g.reshape(last, -1, 1), axis=1)
         self._logits(g, g.node("GatherND", x, index))
@@ -55,8 +59,12 @@ class DecoderExport:
         positions = g.input("position_ids", np.int64, ["batch", 1])
         past = self._past(g)
         x = self._embedded(g, tokens)
-        visible = g.node("LessOrEqual", self._keys(g, past), g.reshape(positions, -1, 1, 1, 1))
-        x = self._blocks(g, x, past, positions, visible, over_text=False)
+        if self._one_operator:
+            attend = self._step_attention(g, past, positions)
+        else:
+            visible = g.node("LessOrEqual", self._keys(g, past), g.reshape(positions, -1, 1, 1, 1))
+            attend = self._attention(g, past, positions, visible, over_text=False)
+        x = self._blocks(g, x, attend)
         self._logits(g, g.node("Squeeze", x, g.const([1])))
         return g
 
@@ -74,7 +82,7 @@ class DecoderExport:
         x = g.node("Concat", text, self._embedded(g, tokens), axis=1)
         last = g.node("Max", positions, g.node("Sub", g.size(text, 1), g.const([1])))
         visible = g.node("LessOrEqual", self._keys(g, past), g.node("Unsqueeze", last, g.const([1, 3])))
-        x = self._blocks(g, x, past, positions, visible, over_text=False)
+        x = self._blocks(g, x, self._attention(g, past, positions, visible, over_text=False))
         self._logits(g, g.node("Gather", x, g.const(-1), axis=1))
         return g
 
@@ -153,13 +161,58 @@ class DecoderExport:
         g.output(written, name, self.kv_dtype, self._cache_shape)
         return name
 
-    def _blocks(
-        self, g: Graph, x: str, past: list[tuple[str, str]], positions: str, visible: str, *, over_text: bool
-    ) -> str:
-        """The residual stream ``[B, T, d]`` after all layers. over_text attends over the new positions alone."""
+    @property
+    def _one_operator(self) -> bool:
+        """Whether a step's attention is one operator of ONNX Runtime, whose MatMulNBits the graph has anyway."""
+        own = self.precision.bits > 0 and self.precision.target == "ort"
+        return own and self.kv_dtype == self._dtype and cached_heads(self.config.head_dim)
+
+    def _step_attention(self, g: Graph, past: list[tuple[str, str]], positions: str) -> Attend:
+        """Of one token a row: GroupQueryAttention writes the cache and reads it as far as it is filled."""
+        config, table = self.config, self._table(g)
+        last = g.cast(g.reshape(positions, -1), np.int32)
+        filled = g.node("Add", g.node("ReduceMax", last, keepdims=0), g.const(1, np.int32))
+
+        def attend(layer: int, qkv: str) -> str:
+            mixed, *cache = cached_attention(g, qkv, past[layer], last, filled, table, config.n_head, config.head_dim)
+            for value, kind in zip(cache, ("key", "value"), strict=True):
+                g.output(value, f"present.{layer}.{kind}", self.kv_dtype, self._cache_shape)
+            return mixed
+
+        return attend
+
+    def _attention(
+        self, g: Graph, past: list[tuple[str, str]], positions: str, visible: str, *, over_text: bool
+    ) -> Attend:
+        """In standard operators. over_text attends over the new positions alone."""
         config, dtype = self.config, self._dtype
-        heads, width, bits = config.n_head, config.n_embd, self.precision.bits
+        heads, width = config.n_head, config.n_embd
         index, table = self._index(g, positions), self._table(g)
+
+        def attend(layer: int, qkv: str) -> str:
+            split = g.transpose(g.reshape(qkv, 0, 0, 3 * heads, config.head_dim), 0, 2, 1, 3)
+            qk, v = g.nodes("Split", [split, g.const([2 * heads, heads])], 2, axis=1)
+            wide = g.cast(qk, np.float32) if dtype != np.float32 else qk
+            turned = rotate(g, wide, table, positions, config.head_dim // 2)
+            turned = g.cast(turned, dtype) if dtype != np.float32 else turned
+            q, k = g.nodes("Split", [turned], 2, axis=1, num_outputs=2)
+            keys, values = (
+                self._write(g, old, index, new, f"present.{layer}.{kind}")
+                for old, new, kind in zip(past[layer], (k, v), ("key", "value"), strict=True)
+            )
+            if over_text:
+                keys, values = k, v
+            elif self.kv_dtype != dtype:
+                keys, values = g.cast(keys, dtype), g.cast(values, dtype)
+            mixed = attention(g, q, keys, values, visible, config.head_dim, dtype, target=self.precision.target)
+            return g.reshape(g.transpose(mixed, 0, 2, 1, 3), 0, 0, width)
+
+        return attend
+
+    def _blocks(self, g: Graph, x: str, attend: Attend) -> str:
+        """The residual stream ``[B, T, d]`` after all layers."""
+        config, dtype = self.config, self._dtype
+        width, bits = config.n_embd, self.precision.bits
 
         def product(value: str, name: str, rows: int, columns: int) -> str:
             return linear(g, value, name, self.tensors, self.precision, (rows, columns), bits)
@@ -167,23 +220,7 @@ class DecoderExport:
         for i in range(config.n_layer):
             block = f"blocks.{i}"
             normed = rms_norm(g, x, self._plain(g, f"{block}.attn_norm.scale"), dtype)
-            qkv = g.reshape(product(normed, f"{block}.qkv.weight", 3 * width, width), 0, 0, 3 * heads, config.head_dim)
-            sizes = g.const([2 * heads, heads])
-            qk, v = g.nodes("Split", [g.transpose(qkv, 0, 2, 1, 3), sizes], 2, axis=1)
-            wide = g.cast(qk, np.float32) if dtype != np.float32 else qk
-            turned = rotate(g, wide, table, positions, config.head_dim // 2)
-            turned = g.cast(turned, dtype) if dtype != np.float32 else turned
-            q, k = g.nodes("Split", [turned], 2, axis=1, num_outputs=2)
-            keys, values = (
-                self._write(g, old, index, new, f"present.{i}.{kind}")
-                for old, new, kind in zip(past[i], (k, v), ("key", "value"), strict=True)
-            )
-            if over_text:
-                keys, values = k, v
-            elif self.kv_dtype != dtype:
-                keys, values = g.cast(keys, dtype), g.cast(values, dtype)
-            mixed = attention(g, q, keys, values, visible, config.head_dim, dtype, target=self.precision.target)
-            joined = g.reshape(g.transpose(mixed, 0, 2, 1, 3), 0, 0, width)
+            joined = attend(i, product(normed, f"{block}.qkv.weight", 3 * width, width))
             x = g.node("Add", x, product(joined, f"{block}.attn_out.weight", width, width))
             normed = rms_norm(g, x, self._plain(g, f"{block}.mlp_norm.scale"), dtype)
             both = product(normed, f"{block}.gate_up.weight", 2 * config.mlp_width, width)

@@ -7,7 +7,7 @@ import numpy as np
 
 from kinetok.kernels.fsq.reference import level_constants
 from kinetok.kernels.wavelet.reference import SCALING, wavelet_filter
-from kinetok.model.graphs.builder import Graph
+from kinetok.model.graphs.builder import MICROSOFT, Graph
 
 
 def rms_norm(g: Graph, x: str, scale: str, dtype: np.dtype, eps: float = 1e-5) -> str:
@@ -51,6 +51,39 @@ def attention(g: Graph, q: str, k: str, v: str, visible: str, head_dim: int, dty
     if dtype != np.float32:
         weights = g.cast(weights, dtype)
     return g.node("MatMul", weights, v)
+
+
+def cached_heads(head_dim: int) -> bool:
+    """Whether ``cached_attention`` takes heads of this size."""
+    return head_dim % 16 == 0
+
+
+def cached_attention(
+    g: Graph,
+    qkv: str,
+    past: tuple[str, str],
+    last: str,
+    filled: str,
+    table: tuple[str, str],
+    heads: int,
+    head_dim: int,
+) -> list[str]:
+    """fp32 ``qkv [B, 1, 3 d]`` of one token a row: rotated, written to the cache ``[B, H, S, hd]``, attended over it.
+
+    Returns mixed values ``[B, 1, d]`` and the cache's keys and values, which are written in place where a caller binds them
+    to ``past``'s memory. last: int32 ``[B]``, each row's position, behind which nothing is read; filled: the largest + 1.
+    """
+    return g.nodes(
+        "GroupQueryAttention",
+        [qkv, "", "", *past, last, filled, *table],
+        3,
+        domain=MICROSOFT,
+        num_heads=heads,
+        kv_num_heads=heads,
+        do_rotary=1,
+        rotary_interleaved=1,
+        scale=head_dim**-0.5,
+    )
 
 
 def layer_norm(g: Graph, x: str, scale: str, bias: str, eps: float) -> str:

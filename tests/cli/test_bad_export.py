@@ -143,10 +143,13 @@ def test_a_checker_that_is_absent_is_named_before_anything_is_written(refused, m
     assert not list(tmp_path.iterdir())
 
 
-def test_packages_that_are_absent(generate, bundle, engines, monkeypatch) -> None:
+def test_packages_that_are_absent(refused, generate, bundle, engines, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "pip install 'kinetok[onnx]'" in generate(f"onnx:{bundle}")
     assert "pip install 'kinetok[onnx]'" in generate("onnx")
+    assert "verifying a bundle needs the package onnxruntime" in refused("verify", bundle)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert "verifying a bundle needs the package onnx," in refused("verify", bundle)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)

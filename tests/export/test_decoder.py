@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kinetok.export.golden import stored_decoder
+from kinetok.model.graphs.builder import WeightFile
 from kinetok.model.graphs.decoder import DecoderExport, module_tensors
 from kinetok.model.graphs.precision import Precision
 
@@ -101,9 +102,45 @@ def test_integers_agree_with_dequantised_weights(
     compare(graphs, rounded, tolerance * float(rounded.head.weight.detach().norm(dim=1).max()), kv)
 
 
-def test_neither_padding_nor_what_lies_beyond_a_row_is_seen(decoder_of, folder_of_graphs) -> None:
+@pytest.mark.parametrize(
+    ("precision", "kv", "changes", "operator"),
+    [
+        ("int8", np.float32, {}, "GroupQueryAttention"),
+        ("int4", np.float32, {}, "GroupQueryAttention"),
+        ("int8", np.float16, {}, "Attention"),
+        ("int8", np.float32, {"n_head": 1, "n_embd": 100}, "Attention"),
+        ("fp32", np.float32, {}, "Attention"),
+    ],
+)
+def test_which_operator_attends_in_a_step(decoder_of, tmp_path, precision, kv, changes, operator) -> None:
+    """ONNX Runtime's own one only where the graph is its own anyway and the operator takes cache and heads."""
+    decoder = decoder_of(**changes)
+    export = DecoderExport(
+        config=decoder.config,
+        tensors=module_tensors(decoder),
+        precision=Precision(name=precision),
+        kv_dtype=np.dtype(kv),
+    )
+    with (tmp_path / "weights.bin").open("wb") as file:
+        weights = WeightFile(file, "weights.bin")
+        kinds = {
+            graph.name: [node.op_type for node in graph.model().graph.node if "Attention" in node.op_type]
+            for graph in (export.prefill(weights), export.decode(weights))
+        }
+    assert kinds == {"prefill": ["Attention"] * 2, "decode": [operator] * 2}
+
+
+def test_integers_of_heads_that_need_standard_attention(decoder_of, folder_of_graphs) -> None:
+    decoder = decoder_of(n_head=1, n_embd=100)
+    rounded = stored_decoder(decoder, Precision(name="int8"))
+    tolerance = 0.05 * float(rounded.head.weight.detach().norm(dim=1).max())
+    compare(sessions(folder_of_graphs, decoder, "int8"), rounded, tolerance)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_neither_padding_nor_what_lies_beyond_a_row_is_seen(decoder_of, folder_of_graphs, precision) -> None:
     decoder = decoder_of()
-    config, graphs = decoder.config, sessions(folder_of_graphs, decoder)
+    config, graphs = decoder.config, sessions(folder_of_graphs, decoder, precision)
     text = np.random.default_rng(0).normal(size=(1, 3, config.text_dim)).astype(np.float32)
     results = []
     for filler in (0.0, 1e3):

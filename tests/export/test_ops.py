@@ -72,6 +72,43 @@ def test_attention_sees_what_the_mask_says(folder_of_graphs, opset, target) -> N
 
 
 @OPSETS
+def test_cached_attention_of_rows_at_their_own_positions(folder_of_graphs, opset) -> None:
+    """What lies behind a row's position is not read, be it NaN; what the cache holds before it stays."""
+    heads, size, capacity, at = 3, 16, 9, torch.tensor([0, 8, 3])
+    table = rotary_reference.rotary_table(capacity, size)
+    qkv, cache = torch.randn(3, 1, 3 * heads * size), torch.randn(2, 3, heads, capacity, size)
+    behind = torch.arange(capacity)[None] >= at[:, None]
+    cache.transpose(2, 3)[:, behind] = torch.nan
+    feeds = {"qkv": qkv, "keys": cache[0], "values": cache[1], "last": at.int()}
+
+    def graph(weights: WeightFile) -> Graph:
+        g = Graph("op", weights, opset)
+        names = [
+            g.input(name, value.numpy().dtype, [f"{name}{i}" for i in range(value.ndim)])
+            for name, value in feeds.items()
+        ]
+        parts = tuple(g.weight(name, lambda i=i: table[..., i].numpy()) for i, name in enumerate(("cos", "sin")))
+        filled = g.const(int(at.max()) + 1, np.int32)
+        made = ops.cached_attention(g, names[0], (names[1], names[2]), names[3], filled, parts, heads, size)
+        for name, value, rank in zip(("mixed", "keys_out", "values_out"), made, (3, 4, 4), strict=True):
+            g.output(value, name, np.float32, [f"{name}{i}" for i in range(rank)])
+        return g
+
+    got = folder_of_graphs(graph)["op"].run(None, {name: value.numpy() for name, value in feeds.items()})
+    q, k, v = qkv.double().view(3, 3, heads, size).unbind(1)
+    q, k = (rotary_reference.apply_rotary(x[:, None], table.double()[at[:, None]])[:, 0] for x in (q, k))
+    for row, last in enumerate(at.tolist()):
+        keys, values = (
+            torch.cat((old[row, :, :last].double(), new[row, :, None]), 1)
+            for old, new in zip(cache, (k, v), strict=True)
+        )
+        wanted = attention_reference.attention(q[row, None, :, None], keys[None], values[None])
+        np.testing.assert_allclose(got[0][row, 0], wanted.flatten(), atol=3e-6)
+        for part, whole in ((got[1], keys), (got[2], values)):
+            np.testing.assert_allclose(part[row, :, : last + 1], whole, atol=3e-6)
+
+
+@OPSETS
 @pytest.mark.parametrize("levels", [(8, 6, 5), (7, 5, 5, 5, 5), (8, 8, 8, 5, 5, 5)])
 def test_fsq_dequantize_is_exact(folder_of_graphs, opset, levels) -> None:
     total = int(np.prod(levels))

@@ -1,5 +1,6 @@
 """``kinetok export`` and ``kinetok verify``."""
 
+import importlib.util
 import signal
 import sys
 import time
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kinetok.cli.common import SMALL, bar, example
-from kinetok.errors import UserError
+from kinetok.errors import UserError, missing_package
 
 MODEL = Annotated[
     str | None, typer.Argument(help="Model directory or hub id; 'default' or nothing: the default model.")
@@ -149,6 +150,9 @@ def verify(
             f"{bundle}: whole, built for this GPU and library, and they run; compiled kernels: {backend.compiled.state}"
         )
         return
+    for package in ("onnx", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise missing_package(package, "onnx", "verifying a bundle")
     from kinetok.export.replay import replay
 
     weights = bundle / "weights.bin"
