@@ -144,28 +144,32 @@ def _with_defaults(identity: Any) -> Any:
 
 def _refuse(run: Path, checkpoints: Checkpoints, identity: Any, resume: bool) -> None:
     """Refuse the folder of another run, an existing run that is not resumed, and a folder that holds something else."""
-    about = run / ABOUT
-    try:
-        if about.exists() or checkpoints.any():
-            if not resume:
-                raise UserError(
-                    f"{run}: a run is already here; continue it with --resume, or name another folder with --out"
-                )
-            if about.exists():
-                _same(run, json.loads(about.read_text(encoding="utf-8")), identity)
-        elif run.exists():
+    if (run / ABOUT).exists() or checkpoints.any():
+        if not resume:
+            raise UserError(
+                f"{run}: a run is already here; continue it with --resume, or name another folder with --out"
+            )
+        if (run / ABOUT).exists():
+            _same(run, _described(run / ABOUT), identity)
+    elif run.exists():
+        try:
             other = sorted(path.name for path in run.iterdir() if not _is_redirected(path))
-            if other:
-                raise UserError(
-                    f"{run}: expected a new folder or a run, but it holds other files ({', '.join(other[:3])}); name "
-                    "another folder with --out"
-                )
-    except NotADirectoryError as error:
-        raise UserError(f"{run}: expected a folder for the run, but it is a file; name another with --out") from error
-    except ValueError as error:
+        except NotADirectoryError as error:
+            raise UserError(
+                f"{run}: expected a folder for the run, but it is a file; name another with --out"
+            ) from error
+        if other:
+            raise UserError(
+                f"{run}: expected a new folder or a run, but it holds other files ({', '.join(other[:3])}); name another "
+                "folder with --out"
+            )
+
+
+def _described(about: Path) -> Any:
+    try:
+        return json.loads(about.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{about}: expected the description of a run, but {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {run}: {error.strerror or error}; name another folder with --out") from error
 
 
 def _is_redirected(path: Path) -> bool:
@@ -176,8 +180,8 @@ def _is_redirected(path: Path) -> bool:
 
 def _begin(run: Path, checkpoints: Checkpoints, identity: Any, resume: bool, stack: ExitStack) -> None:
     """Hold the folder and write what this run is; all that is refused is refused before anything is written."""
-    _refuse(run, checkpoints, identity, resume)
     try:
+        _refuse(run, checkpoints, identity, resume)
         run.mkdir(parents=True, exist_ok=True)
         stack.enter_context(alone(run, "training in this folder; name another with --out"))
         _refuse(run, checkpoints, identity, resume)  # another process may have begun, and ended, in between

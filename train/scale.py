@@ -52,7 +52,7 @@ class PackedTask:
     ) -> None:
         self.recipe, self.data, self.processes = recipe, data, processes
         self.engine = engine or Engine()
-        fits = (data.lengths >= recipe.min_tokens) & (data.lengths <= recipe.max_tokens)
+        fits = recipe.fits(data.lengths)
         most = f"of {recipe.min_tokens} to {recipe.max_tokens} tokens"
         self.train, self.held_out = processes.divide(data.folder, fits, data.splits, most, recipe.batch)
         self.held_out = self.held_out[:HELD_OUT]

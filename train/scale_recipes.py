@@ -1,9 +1,12 @@
 """Recipes of the paper's decoders, and what a run of one costs (section 4)."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig
@@ -15,6 +18,7 @@ PREFIX, SMOKE = "motionmillion-", "smoke"
 MAX_TEXT = 150  # text features a caption is cut to
 PASS_POSITIONS = 16_384  # of a process, where nobody says otherwise
 DAY = 86400
+GOAL, H100 = 0.46, 989e12  # the share of an H100's bf16 operations a second that a training aims at
 
 
 class Loops(Protocol):
@@ -43,6 +47,10 @@ class ScaleRecipe:
     max_tokens: int = 150
     shorten: float = 1 / 3
     bf16: bool = True
+
+    def fits(self, lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which clips of so many tokens are drawn."""
+        return (lengths >= self.min_tokens) & (lengths <= self.max_tokens)
 
 
 def scale_recipe(name: str) -> ScaleRecipe:
@@ -91,7 +99,8 @@ def with_loop(recipe: Recipe, **changes: Any) -> Recipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What a run takes. Bytes are of each process; ``days`` is None where no rate was measured."""
+    """What a run takes. Bytes are of each process, as are the clips and tokens a second that its data has to bring: at the
+    measured rate, or by arithmetic what an H100 at the goal takes. ``days`` is None where no rate was measured."""
 
     parameters: int
     processes: int
@@ -100,11 +109,18 @@ class Cost:
     activation_bytes: int
     tokens_per_step: int
     flop_per_step: float
+    clips_per_second: float
+    tokens_per_second: float
     days: float | None
 
     @property
     def memory_bytes(self) -> int:
         return self.state_bytes + self.working_bytes + self.activation_bytes
+
+
+def check_rate(tokens_per_second: float | None) -> None:
+    if tokens_per_second is not None and not 0 < tokens_per_second < math.inf:  # false for NaN
+        raise UserError(f"expected tokens a second above 0, got {tokens_per_second:g}")
 
 
 def parameters(config: DecoderConfig) -> int:
@@ -145,8 +161,11 @@ def cost(
     keeps for the backward pass, queries, keys and values in rows as long as the longest. Frameworks' own buffers are not
     in it.
     """
-    if processes < 1 or pass_positions < 1 or (tokens_per_second is not None and not tokens_per_second > 0):
-        raise UserError("expected processes, positions and tokens a second above 0")
+    if processes < 1 or pass_positions < 1:
+        raise UserError(f"expected processes and positions above 0, got {processes} and {pass_positions}")
+    check_rate(tokens_per_second)
+    if processes > recipe.batch:
+        raise UserError(f"more processes than data: {processes} processes for batches of {recipe.batch}")
     config = recipe.model
     width, total = config.n_embd, parameters(config)
     block = 4 * width * width + 3 * width * config.mlp_width + 2 * width
@@ -171,6 +190,8 @@ def cost(
         working = 2 * item * (outside + 2 * block)
     chunk = min(positions / 10, 4096) * config.head_rows * item
     tokens = round(recipe.batch * (text + motion))
+    flop = step_flop(config, recipe.batch, text, motion)
+    steps = tokens_per_second / tokens / processes if tokens_per_second is not None else GOAL * H100 / flop
     return Cost(
         parameters=total,
         processes=processes,
@@ -178,7 +199,9 @@ def cost(
         working_bytes=working,
         activation_bytes=round(activations + chunk),
         tokens_per_step=tokens,
-        flop_per_step=step_flop(config, recipe.batch, text, motion),
+        flop_per_step=flop,
+        clips_per_second=recipe.batch * steps,
+        tokens_per_second=tokens * steps,
         days=None if tokens_per_second is None else recipe.loop.steps * tokens / tokens_per_second / DAY,
     )
 
@@ -188,6 +211,7 @@ def cost_lines(name: str, recipe: ScaleRecipe, found: Cost, *, longest: bool) ->
     bound = " at most" if longest else ""
     gib = 2**30
     days = "not measured; give --tokens-per-second RATE" if found.days is None else f"{found.days:.1f}"
+    rate = "at that rate" if found.days is not None else f"for an H100 at {GOAL:.0%} of {H100 / 1e12:.0f} TFLOP/s"
     return [
         f"{name}: {found.parameters:,} parameters, {recipe.loop.steps:,} steps of {recipe.batch} clips, "
         f"learning rate {recipe.loop.lr:g}",
@@ -195,5 +219,6 @@ def cost_lines(name: str, recipe: ScaleRecipe, found: Cost, *, longest: bool) ->
         f"(weights and optimiser {found.state_bytes / gib:.1f}, weights at work {found.working_bytes / gib:.1f}, "
         f"activations {found.activation_bytes / gib:.1f})",
         f"tokens per step:{bound} {found.tokens_per_step:,} ({found.flop_per_step:.3g} operations)",
+        f"data per GPU: {found.clips_per_second:,.1f} clips/s, {found.tokens_per_second:,.0f} tokens/s, {rate}",
         f"days: {days}",
     ]

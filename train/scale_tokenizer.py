@@ -25,7 +25,7 @@ from kinetok.train.loop import OneProcess, fit
 from kinetok.train.losses import released_loss
 from kinetok.train.optim import LoopConfig
 from kinetok.train.samples import Reconstructions
-from kinetok.train.scale_recipes import DAY, PREFIX, SMOKE
+from kinetok.train.scale_recipes import DAY, PREFIX, SMOKE, check_rate
 from kinetok.train.tokenizer import save_tokenizer
 
 MEASURED = 4096  # training clips that mean and deviation are taken from
@@ -92,6 +92,36 @@ class StoreTokenizer(nn.Module):
         return tokenizer.frames(tokenizer.project_out(codes)), indices
 
 
+class Windows:
+    """The steps of process ``rank`` of ``world``: windows of clips ``train``, each from a frame drawn at random."""
+
+    def __init__(
+        self,
+        recipe: StoreTokenizerRecipe,
+        store: ClipStore,
+        train: NDArray[np.int64],
+        mean: NDArray[np.float64],
+        std: NDArray[np.float64],
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.recipe, self.store, self.mean, self.std = recipe, store, mean, std
+        self.rank, self.world = rank, world
+        self.order = Order(train, recipe.batch, recipe.loop.seed)
+
+    def normal(self, clip: int) -> Tensor:
+        return torch.from_numpy(((self.store.read(clip) - self.mean) / self.std).astype(np.float32))
+
+    def step(self, number: int) -> Tensor:
+        """This process's windows of a step, normalised ``[b, frames, 272]``."""
+        frames = self.recipe.frames
+        clips = self.order.step(number)
+        starts = self.order.rng(number).integers(self.store.frames[clips] - frames + 1)
+        mine = range(self.rank, self.recipe.batch, self.world)
+        return torch.stack([self.normal(int(clips[row]))[starts[row] : starts[row] + frames] for row in mine])
+
+
 class WindowTask:
     """Random windows of training clips in, the released reconstruction loss out; a process takes its share of a step."""
 
@@ -103,22 +133,13 @@ class WindowTask:
         self.held_out = self.held_out[:HELD_OUT]
         some = np.random.default_rng(0).permutation(self.train)[:MEASURED]
         self.mean, self.std = processes.agree(lambda: streamed_mean_std(store.read(int(clip)) for clip in some))
-        self.order = Order(self.train, recipe.batch, recipe.loop.seed)
-        self._steps = Steps(self.windows, recipe.loop.steps)
+        share = {"rank": processes.rank, "world": processes.world}
+        self.windows = Windows(recipe, store, self.train, self.mean, self.std, **share)
+        self.normal = self.windows.normal
+        self._steps = Steps(self.windows.step, recipe.loop.steps)
         torch.manual_seed(recipe.loop.seed)
         self.module: nn.Module = StoreTokenizer(recipe.model)
         processes.spread(self.module)
-
-    def normal(self, clip: int) -> Tensor:
-        return torch.from_numpy(((self.store.read(clip) - self.mean) / self.std).astype(np.float32))
-
-    def windows(self, step: int) -> Tensor:
-        """This process's windows of a step, normalised ``[b, frames, 272]``."""
-        frames = self.recipe.frames
-        clips = self.order.step(step)
-        starts = self.order.rng(step).integers(self.store.frames[clips] - frames + 1)
-        mine = range(self.processes.rank, self.recipe.batch, self.processes.world)
-        return torch.stack([self.normal(int(clips[row]))[starts[row] : starts[row] + frames] for row in mine])
 
     def loss(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
         recipe, processes = self.recipe, self.processes
@@ -206,16 +227,19 @@ def cost_lines(
 
     State as in ``scale_recipes.cost``; activations are what one window keeps for its backward pass, counted.
     """
-    if tokens_per_second is not None and not tokens_per_second > 0:
-        raise UserError(f"expected tokens a second above 0, got {tokens_per_second:g}")
+    check_rate(tokens_per_second)
+    if processes > recipe.batch:
+        raise UserError(f"more processes than data: {processes} processes for batches of {recipe.batch}")
     module, gib = StoreTokenizer(recipe.model), 2**30
     total = sum(p.numel() for p in module.parameters())
     state = 4 * (4 + (recipe.loop.ema is not None)) * total / processes
     working = 0 if processes == 1 else 2 * 4 * total
     activations = kept_bytes(module, recipe.frames) * -(-recipe.batch // processes)
     tokens = recipe.batch * recipe.frames // recipe.model.frames_per_token
-    days = "not measured; give --tokens-per-second RATE"
+    days = data = "not measured; give --tokens-per-second RATE"
     if tokens_per_second is not None:
+        windows = recipe.batch / tokens * tokens_per_second / processes
+        data = f"{windows:,.1f} windows/s, {tokens_per_second / processes:,.0f} tokens/s, at that rate"
         days = f"{recipe.loop.steps * tokens / tokens_per_second / DAY:.1f}"
     return [
         f"{name}: {total:,} parameters, {recipe.loop.steps:,} steps of {recipe.batch} windows of {recipe.frames} frames, "
@@ -223,6 +247,7 @@ def cost_lines(
         f"memory per GPU, {processes} of them: {(state + working + activations) / gib:.2f} GiB (weights and optimiser "
         f"{state / gib:.2f}, weights at work {working / gib:.2f}, activations {activations / gib:.2f})",
         f"tokens per step: {tokens:,}",
+        f"data per GPU: {data}",
         f"days: {days}",
     ]
 

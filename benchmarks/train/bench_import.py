@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +35,13 @@ from kinetok.train.data.shard_import import import_shards, summary
 from kinetok.train.data.shards import SHARDS, ClipStore
 from kinetok.train.decoder import load_tokenizer
 from kinetok.train.feed import Feed
-from kinetok.train.scale_recipes import scale_recipe, step_flop
+from kinetok.train.rates import rates_of
+from kinetok.train.scale_recipes import GOAL, H100, scale_recipe, step_flop
 
 DIFFERENT, FRAMES = 500, 30
 TOKENIZER = TokenizerConfig(nb_code=256, code_dim=8, width=8, depth=1)
 PROCESSES, POSITIONS = 40, 16_384
 TEXT, MOTION = 24, 91  # features and tokens (with the end) of a mean clip of 2 to 10 s, as bench_train.py has them
-GOAL, PEAK = 0.46, 989e12
 
 
 def make_source(folder: Path, clips: int) -> None:
@@ -97,17 +96,6 @@ class Encoder:
         return [torch.zeros(8 + sum(text.encode()) % 33, self.dim) for text in texts]
 
 
-def rates_of(steps: Iterator[Any], samples: int, seconds: float) -> tuple[float, float]:
-    """Samples a second, and a second of processor time, of all threads; the first steps do not count."""
-    for _ in range(5):
-        next(steps)
-    count, began, began_cpu = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() - began < seconds:
-        next(steps)
-        count += samples
-    return count / (time.perf_counter() - began), count / (time.process_time() - began_cpu)
-
-
 def loading(folder: Path, store: Path, seconds: float) -> dict[str, Any]:
     torch.manual_seed(0)
     state = {"config": asdict(TOKENIZER), "model": MotionTokenizer(TOKENIZER).state_dict()}
@@ -140,7 +128,7 @@ def loading(folder: Path, store: Path, seconds: float) -> dict[str, Any]:
     demands = []
     for size in ("44m", "111m", "343m", "775m", "1b", "3b", "7b"):
         chosen = scale_recipe(f"motionmillion-{size}")
-        demand = GOAL * PEAK / step_flop(chosen.model, 1, TEXT, MOTION)
+        demand = GOAL * H100 / step_flop(chosen.model, 1, TEXT, MOTION)
         demands.append(
             {
                 "recipe": f"motionmillion-{size}",

@@ -333,3 +333,10 @@ def test_a_full_disk_leaves_the_earlier_import(source: Path, tmp_path: Path, mon
         with pytest.raises(UserError, match=r"cannot write .*No space left"):
             import_motions(source, tmp_path / "out")
     assert tree(tmp_path) == before
+
+
+def test_a_set_that_is_too_large_for_memory_is_said_and_not_written(source: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("kinetok.train.data.importing.MOST_FRAMES", 60)
+    with pytest.raises(UserError, match=r"expected at most \d+ hours of motion, .*: import it with --shards"):
+        import_motions(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["recordings"]

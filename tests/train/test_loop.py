@@ -129,7 +129,10 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path, line, config, name
     file = tmp_path / "folder" / name
     file.parent.mkdir(parents=True)
     file.write_text("mine")
-    with pytest.raises(UserError, match=rf"it holds other files \({name.split('/')[0]}\); name another") as told:
+    expected = (
+        rf"^{tmp_path}/folder: expected a new folder or a run, but it holds other files \({name.split('/')[0]}\);"
+    )
+    with pytest.raises(UserError, match=expected) as told:
         fit(line(), config, tmp_path / "folder", resume=resume, identity={})
     assert "\n" not in str(told.value)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and file.read_text() == "mine"
@@ -141,3 +144,23 @@ def test_output_sent_into_the_folder_is_no_other_file(tmp_path: Path, line, conf
         (tmp_path / name).write_text("step 1")
     assert fit(line(), config, tmp_path, identity={}).exists()
     assert (tmp_path / "train.log").read_text() == "step 1"
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b"[1]"])
+def test_a_run_that_no_longer_says_what_it_is(tmp_path: Path, line, config, content: bytes) -> None:
+    fit(line(), config, tmp_path, identity={})
+    (tmp_path / "run.json").write_bytes(content)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=r"expected the description of a run, but|differs in its description") as told:
+        fit(line(), config, tmp_path, resume=True, identity={})
+    assert "\n" not in str(told.value)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_a_folder_that_cannot_be_held(tmp_path: Path, line, config, monkeypatch) -> None:
+    def fails(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", fails)
+    with pytest.raises(UserError, match=r"cannot write .*: Permission denied; name another folder with --out"):
+        fit(line(), config, tmp_path / "run", identity={})

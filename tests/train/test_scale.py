@@ -1,6 +1,7 @@
 """Training on a clip store: packed passes, several processes, recipes and their cost."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -178,6 +179,22 @@ def test_the_cost_counts_what_is_there(recipe) -> None:
     assert unmeasured.days is None and "not measured" in cost_lines("x", recipe, unmeasured, longest=True)[-1]
     with pytest.raises(UserError, match="above 0"):
         cost(recipe, processes=0, pass_positions=100)
+    for rate in (0.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match="expected tokens a second above 0, got"):
+            cost(recipe, processes=1, pass_positions=100, tokens_per_second=rate)
+    with pytest.raises(UserError, match="more processes than data: 9 processes for batches of 8"):
+        cost(recipe, processes=9, pass_positions=100)
+
+
+def test_what_the_data_has_to_bring(recipe) -> None:
+    """A GPU's share of the measured rate; without one what arithmetic gives for an H100, whatever the number of GPUs."""
+    found = cost(recipe, processes=4, pass_positions=100, tokens_per_second=1000.0, text=5, motion=20)
+    assert (found.tokens_per_second, found.clips_per_second) == pytest.approx((250, 10))
+    assert "data per GPU: 10.0 clips/s, 250 tokens/s, at that rate" in cost_lines("x", recipe, found, longest=False)
+    for processes in (1, 8):
+        found = cost(recipe, processes=processes, pass_positions=100, text=5, motion=20)
+        assert found.clips_per_second == pytest.approx(0.46 * 989e12 / step_flop(recipe.model, 1, 5, 20))
+        assert "for an H100 at 46% of 989 TFLOP/s" in cost_lines("x", recipe, found, longest=False)[-2]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -244,9 +261,16 @@ def test_the_command_line(trained_store, tmp_path: Path, monkeypatch) -> None:
 
     dry = said("--recipe", "motionmillion-7b", "--dry-run", "--processes", "40", "--tokens-per-second", "200000")
     assert "7,8" in dry and "40 of them" in dry and "days: 2.7" in dry
+    assert "data per GPU: 16.6 clips/s, 5,000 tokens/s, at that rate" in dry and "give --data STORE" in dry
     assert "not measured" in said("--recipe", "motionmillion-3b", "--dry-run")
     small = said("--recipe", "motionmillion-44m", "--dry-run", "--data", str(trained_store.store))
-    assert "at most" not in small
+    assert "at most" not in small and "loader: not measured (" in small and "expected a trained tokenizer" in small
+    monkeypatch.setattr("kinetok.train.rates.SECONDS", 0.01)
+    tokens = ("--data", str(trained_store.store), "--tokenizer", str(trained_store.tokenizer))
+    measured = said("--recipe", "smoke", "--dry-run", "--processes", "16", *tokens)
+    assert re.search(
+        r"loader: [\d,]*[1-9][\d,]* clips/s of one worker, measured now for 0.01 s; a process has 3", measured
+    )
     run = ("--recipe", "motionmillion-44m", "--out", str(tmp_path / "run"), "--data", str(tmp_path))
     assert "expected a clip store" in said(*run, "--tokenizer", str(trained_store.tokenizer))
     assert "run kinetok train tokenizer first" in said(*run, "--tokenizer", str(tmp_path / "none.pt"))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def test_two_processes_are_one(trained_store, recipe, processes, tmp_path: Path)
     assert {"clip-0.png", "step-00000002-0.png", "step-00000004-2.npz"} <= names and "clip-2.npz" in names
 
 
-def test_the_command_line(trained_store, tmp_path: Path) -> None:
+def test_the_command_line(trained_store, tmp_path: Path, monkeypatch) -> None:
     from typer.testing import CliRunner
 
     from kinetok.cli import app
@@ -146,7 +147,13 @@ def test_the_command_line(trained_store, tmp_path: Path) -> None:
 
     dry = said("--recipe", "motionmillion", "--dry-run", "--processes", "4", "--tokens-per-second", "100000")
     assert "11,349,782 parameters" in dry and "4 of them" in dry and "12,288" in dry and "days: 8.6" in dry
-    assert "not measured" in said("--recipe", "motionmillion", "--dry-run")
+    assert "data per GPU: 520.8 windows/s, 25,000 tokens/s, at that rate" in dry and "give --data STORE" in dry
+    data = ["--dry-run", "--data", str(trained_store.store)]
+    long = said("--recipe", "motionmillion", *data)
+    assert "days: not measured" in long and "no clip of the split train has the recipe's length" in long
+    monkeypatch.setattr("kinetok.train.rates.SECONDS", 0.01)
+    assert re.search(r"loader: [\d,]*[1-9][\d,]* windows/s of one worker", said("--recipe", "smoke", *data))
+    assert "more processes than data" in said("--recipe", "smoke", "--dry-run", "--processes", "9")
     for words in (["--dry-run"], ["--steps", "3"]):
         assert f"{words[0]} goes with a recipe for a clip store" in said("--recipe", "mini", *words)
     assert "mini, smoke or motionmillion" in said("--recipe", "smokey")

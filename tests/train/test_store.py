@@ -2,6 +2,8 @@
 
 import io
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,20 @@ def test_written_recordings_are_read_back(tmp_path_factory, frames: int, seed: i
         np.testing.assert_allclose(back.root, one.root, atol=1e-6)
         np.testing.assert_allclose(back.offsets, one.offsets, atol=1e-6)
         np.testing.assert_array_equal(found.read(name, 1, 2).vectors, back.vectors[1:2])
+
+
+def test_one_recording_at_a_time_is_held_as_it_was_read(tmp_path: Path) -> None:
+    before: list[weakref.ref] = []
+
+    def read() -> Iterator[tuple[str, Recording]]:
+        for name in "abc":
+            assert all(one() is None for one in before[:-1])
+            one = recording(seed=ord(name))
+            before.append(weakref.ref(one.vectors))
+            yield name, one
+
+    write_recordings(tmp_path / "motions_x.npz", read())
+    assert list(Recordings(tmp_path / "motions_x.npz").rows) == ["a", "b", "c"]
 
 
 def test_bodies_are_scaled_to_one_leg_length(small: Path) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from kinetok.motion import Motion
 from kinetok.motion.io.resample import resample, rotation_vectors
 from kinetok.motion.skeleton import FPS
 from kinetok.train.data.recordings import FAR, LEG, Recording, between_t_poses, matrices, write_recordings
-from kinetok.train.data.sources import Source, find_sources
+from kinetok.train.data.sources import Found, Source, find_sources
 from kinetok.train.data.store import MIN_FRAMES, Entry
 
 MOTIONS, CLIPS, DROPPED = "motions_imported.npz", "clips_imported.jsonl", "dropped_imported.json"
 VALIDATION = 0.1
 FLIP = 0.5  # radians of heading within a frame; a body that turns faster is upside down
 SHOWN = 3
+MOST_FRAMES = 4_000_000  # 37 hours: 0.6 GB here, and 9 GB where a training holds the set with its mirror image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,30 +48,18 @@ def import_motions(
 
     What cannot be used is left out and named in the report and in ``dropped_imported.json``. An earlier import in ``out``
     is replaced. A clip without a split falls into train or val by a hash of its id, one in ten into val and at least one.
-    progress is told (done, of, file). Raises ``UserError`` when nothing can be used, or ``out`` is neither new nor an
-    earlier import.
+    In memory are 144 bytes a frame. progress is told (done, of, file). Raises ``UserError`` when nothing can be used, for
+    more than ``MOST_FRAMES``, and where ``out`` is neither new nor an earlier import.
     """
     source, out = Path(source), Path(out)
     with whole_directory(out, _is_import, "an earlier import") as folder:
         found = find_sources(source, without=out)
-        usable: list[tuple[Source, Recording, int]] = []
-        for done, one in enumerate(found.sources):
-            file = one.path.relative_to(source).as_posix()
-            if progress is not None:
-                progress(done, len(found.sources), file)
-            try:
-                usable.append((one, *read_recording(one.path)))
-            except UserError as error:
-                found.refuse(file, str(error).removeprefix(f"{one.path}: "))
-        if not usable:
-            reasons = "; ".join(f"{file}: {reason}" for file, reason in list(found.refused.items())[:SHOWN])
-            more = f"; and {len(found.refused) - SHOWN} more" if len(found.refused) > SHOWN else ""
-            raise UserError(f"{source}: expected motion files with captions, but none can be used: {reasons}{more}")
+        usable: list[tuple[Source, int, int]] = []  # with the number of frames and of flips
+        write_recordings(folder / MOTIONS, _recordings(source, found, usable, progress))
         splits = splits_of([one for one, _, _ in usable])
-        write_recordings(folder / MOTIONS, [(one.id, recording) for one, recording, _ in usable])
         lines = [
-            json.dumps(asdict(_entry(one, recording, flips, split)), ensure_ascii=False)
-            for (one, recording, flips), split in zip(usable, splits, strict=True)
+            json.dumps(asdict(_entry(one, frames, flips, split)), ensure_ascii=False)
+            for (one, frames, flips), split in zip(usable, splits, strict=True)
         ]
         (folder / CLIPS).write_text("\n".join(lines) + "\n", encoding="utf-8")
         dropped = [{"trial": file, "reason": reason} for file, reason in found.refused.items()]
@@ -78,11 +67,42 @@ def import_motions(
     return Report(
         out=out,
         splits=dict(Counter(splits)),
-        seconds=sum(len(recording.root) for _, recording, _ in usable) / FPS,
+        seconds=sum(frames for _, frames, _ in usable) / FPS,
         captions=sum(len(one.captions) for one, _, _ in usable),
         flipped=sum(flips > 0 for _, _, flips in usable),
         refused=found.refused,
     )
+
+
+def _recordings(
+    source: Path,
+    found: Found,
+    usable: list[tuple[Source, int, int]],
+    progress: Callable[[int, int, str], None] | None,
+) -> Iterator[tuple[str, Recording]]:
+    """One recording after another, each of which goes into ``usable``; what cannot be used is refused in ``found``."""
+    total = 0
+    for done, one in enumerate(found.sources):
+        file = one.path.relative_to(source).as_posix()
+        if progress is not None:
+            progress(done, len(found.sources), file)
+        try:
+            recording, flips = read_recording(one.path)
+        except UserError as error:
+            found.refuse(file, str(error).removeprefix(f"{one.path}: "))
+            continue
+        total += len(recording.root)
+        if total > MOST_FRAMES:
+            raise UserError(
+                f"{source}: expected at most {MOST_FRAMES / FPS / 3600:.0f} hours of motion, as a motion set is held in "
+                "memory: import it with --shards"
+            )
+        usable.append((one, len(recording.root), flips))
+        yield one.id, recording
+    if not usable:
+        reasons = "; ".join(f"{file}: {reason}" for file, reason in list(found.refused.items())[:SHOWN])
+        more = f"; and {len(found.refused) - SHOWN} more" if len(found.refused) > SHOWN else ""
+        raise UserError(f"{source}: expected motion files with captions, but none can be used: {reasons}{more}")
 
 
 def _is_import(folder: Path) -> bool:
@@ -114,14 +134,14 @@ def _heading_flips(rotations: NDArray) -> int:
     return int((turned > FLIP).sum())
 
 
-def _entry(source: Source, recording: Recording, flips: int, split: str) -> Entry:
+def _entry(source: Source, frames: int, flips: int, split: str) -> Entry:
     return Entry(
         id=source.id,
         trial=source.id,
         kind="whole",
         split=split,
         start=0,
-        end=len(recording.root),
+        end=frames,
         captions=source.captions,
         subject=source.subject,
         label=source.label,

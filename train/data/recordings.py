@@ -1,7 +1,7 @@
 """Recordings in one ``motions_*.npz`` (the form is in ``data/cmu/README.md``): reading, checking and writing."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,27 +154,31 @@ def _check(path: Path, arrays: Mapping[str, NDArray]) -> None:
         raise UserError(f"{path}: expected finite offsets and legs longer than 0 m")
 
 
-def write_recordings(path: Path, recordings: Sequence[tuple[str, Recording]]) -> None:
-    """Write named recordings as ``Recordings`` reads them; rotations within 0.01 degree, whole or not at all."""
-    offsets, skeletons = np.unique(
-        np.stack([recording.offsets for _, recording in recordings]).astype(np.float32), axis=0, return_inverse=True
-    )
-    lengths = [len(recording.root) for _, recording in recordings]
-    steps = []
-    for _, recording in recordings:
+def write_recordings(path: Path, recordings: Iterable[tuple[str, Recording]]) -> None:
+    """Write named recordings, at least one, as ``Recordings`` reads them; rotations within 0.01 degree, whole or not at all.
+
+    One after another is taken and kept as it is stored, in 144 bytes a frame.
+    """
+    names, steps, trans, offsets = [], [], [], []
+    for name, recording in recordings:
         stored = np.rint(recording.vectors / UNIT).astype(np.int16)
+        names.append(name)
         # Integers wrap around, and so does the sum that undoes these differences.
         steps.append(np.diff(stored, axis=0, prepend=np.zeros_like(stored[:1])))
+        trans.append(recording.root.astype(np.float32))
+        offsets.append(recording.offsets.astype(np.float32))
+    different, skeletons = np.unique(np.stack(offsets), axis=0, return_inverse=True)
+    lengths = [len(path) for path in trans]
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,
-            trial=np.array([name for name, _ in recordings]),
+            trial=np.array(names),
             start=np.cumsum([0, *lengths[:-1]]),
             length=np.array(lengths),
             skeleton=skeletons,
             rot=np.concatenate(steps),
-            trans=np.concatenate([recording.root.astype(np.float32) for _, recording in recordings]),
-            offsets=offsets,
+            trans=np.concatenate(trans),
+            offsets=different,
             joints=np.array(JOINT_NAMES),
             parents=np.array(PARENTS),
             fps=np.float64(FPS),

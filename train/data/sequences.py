@@ -251,7 +251,8 @@ def _captions(store: ClipStore) -> tuple[dict[str, Any], NDArray[np.int64], NDAr
 class Sequences:
     """The clips of a store as tokens with text features; both stay on the disk and are mapped.
 
-    ``lengths`` int64 ``[clips]`` in tokens, ``splits`` ``[clips]``, ``text_lengths`` int64 of each different caption.
+    ``lengths`` int64 ``[clips]`` in tokens, which are below ``codebook``, ``splits`` ``[clips]``, ``text_lengths`` int64 of
+    each different caption.
     Raises ``UserError`` where tokens or features are missing or do not belong to the store.
     """
 
@@ -270,7 +271,7 @@ class Sequences:
         self._starts = np.cumsum(self._counts) - self._counts
         self._rows = np.concatenate(([0], np.cumsum(self.text_lengths)))
         self._tokens = _mapped(tokens / TOKENS, np.int32, int(self._offsets[-1]))
-        self._codebook, self._file = int(about["codebook"]), tokens / TOKENS
+        self.codebook, self._file = int(about["codebook"]), tokens / TOKENS
         rows = _mapped(self.folder / TEXT / FEATURES, np.float16, self.text_dim * int(self._rows[-1]))
         self._text = rows.reshape(-1, self.text_dim)
 
@@ -298,9 +299,9 @@ class Sequences:
         fp16 ``[M, text_dim]``; and ``counts`` tokens of clips from the token ``first`` on, int64 ``[K]``."""
         text = self._text[_stretches(self._rows[captions], text_lengths)]
         tokens = self._tokens[_stretches(self._offsets[clips] + first, counts)]
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._codebook:  # a GPU would only say "assert"
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.codebook:  # a GPU would only say "assert"
             raise UserError(
-                f"{self._file}: expected tokens from 0 to {self._codebook - 1}; delete its folder, make it anew"
+                f"{self._file}: expected tokens from 0 to {self.codebook - 1}; delete its folder, make it anew"
             )
         return torch.from_numpy(text), torch.from_numpy(tokens.astype(np.int64))
 

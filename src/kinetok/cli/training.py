@@ -91,7 +91,11 @@ def tokenizer(
 
         chosen = with_loop(store_tokenizer_recipe(recipe), steps=steps, seed=seed)
         if dry_run:
-            print("\n".join(cost_lines(recipe, chosen, processes=processes or 1, tokens_per_second=tokens_per_second)))
+            from kinetok.train.rates import windows_line
+
+            gpus = processes or 1
+            print("\n".join(cost_lines(recipe, chosen, processes=gpus, tokens_per_second=tokens_per_second)))
+            print(windows_line(chosen, data, processes=gpus))
             return
         _wrote(train_on_store(recipe=chosen, data=data, out=out, resume=resume, sample_every=sample_every))
         return
@@ -148,9 +152,11 @@ def decoder(
 
         chosen = with_loop(scale_recipe(recipe), steps=steps, seed=seed, ema=ema, clip_norm=clip_norm)
         if dry_run:
-            _decoder_cost(
-                recipe, chosen, data, processes or 1, tokens_per_second, positions or PASS_POSITIONS, checkpointing
-            )
+            from kinetok.train.rates import sequences_line
+
+            gpus, room = processes or 1, positions or PASS_POSITIONS
+            _decoder_cost(recipe, chosen, data, gpus, tokens_per_second, room, checkpointing)
+            print(sequences_line(chosen, data, tokenizer or TOKENIZER, processes=gpus, pass_positions=room))
             return
         from kinetok.train.scale import Engine
         from kinetok.train.scale import train as train_on_store
