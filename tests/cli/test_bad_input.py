@@ -246,6 +246,7 @@ def test_a_file_in_place_of_a_folder(refused, model, motion, tmp_path):
     refused("generate", WALK, "--model", model, "-o", blocked / "below")
     refused("convert", clip, blocked / "clip.bvh")
     refused("convert", clip, tmp_path)
+    refused("embed", blocked, "-o", blocked / "bank")
     assert "folder" in refused("generate", WALK, "--model", model, "-o", tmp_path / "walk.bvh")
     assert tree(tmp_path) == ["blocked", "clip.npz"] and blocked.read_text(encoding="utf-8") == "mine"
 

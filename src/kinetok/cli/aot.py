@@ -12,6 +12,7 @@ import typer
 
 from kinetok.cli.common import bar, example
 from kinetok.errors import UserError, missing_package
+from kinetok.files import check_file, whole_file
 
 SCHEMA = 1
 Row = Mapping[str, Any]
@@ -38,6 +39,8 @@ def aot(
         triton = version("triton")
     except PackageNotFoundError:
         raise missing_package("triton", "gpu", "kinetok aot") from None
+    if json_file:
+        check_file(json_file)
     before = _read(check, triton) if check else None
     kept = _read(json_file, triton) if json_file and json_file.exists() else []
     known, asked, rows = _compile(arch or [], op or [], quick, jobs)
@@ -123,8 +126,6 @@ def _table(rows: Iterable[Row]) -> str:
 
 def _write(path: Path, triton: str, rows: Iterable[Row]) -> None:
     """One row a line, sorted, so that a change of one kernel is one line of a diff."""
-    from kinetok.files import whole_file
-
     ordered = sorted(rows, key=lambda row: (row["kernel"], int(row["arch"][3:])))
     lines = ",\n".join(json.dumps(row) for row in ordered)
     with whole_file(path) as temporary:

@@ -18,10 +18,12 @@ def embed(
     model: Annotated[str | None, typer.Option(help="The model whose text encoder to use.")] = None,
 ) -> None:
     """Compute text features ahead of time, so that generating needs no text encoder."""
+    from kinetok.files import check_file
     from kinetok.model.bank import PromptBank
     from kinetok.model.pretrained import read_text_encoder
     from kinetok.model.text import read_prompts, text_encoder
 
+    check_file(out)
     texts = read_prompts(prompts)
     encoder = text_encoder(read_text_encoder(model))
     with bar("embedding", shown=True) as update:
