@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from kinetok.errors import UserError
 from kinetok.model.decoder import MotionDecoder
@@ -82,7 +83,7 @@ def flip(path: Path, at: int) -> None:
 def test_two_processes_are_one(trained_store, start, tmp_path: Path, tied: bool) -> None:
     """FSDP2 over gloo, in several passes with recomputed activations: one process's losses and weights within float
     tolerance. Then a cut checkpoint, and one of which the second process's part has a flipped bit: the one before takes its
-    place, also in three processes; and the folder of another run, and of this run in one process."""
+    place, also in three processes; and the folder of another run, of one that goes on, and of this run in one process."""
     from kinetok.train.scale import Engine
 
     recipe = replace(trained_store.recipe, model=replace(trained_store.recipe.model, tie_weights=tied))
@@ -127,6 +128,10 @@ def test_two_processes_are_one(trained_store, start, tmp_path: Path, tied: bool)
         assert first[0] == second[0] == 2 and "it differs in seed" in first[2] and first[2].count("\n") == 1
         assert second[2] == ""  # one process says it
         assert before == sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+        with FileLock(tmp_path / "run" / ".lock"):
+            first, second = start(recipe, resume=True).end()
+        assert first[0] == second[0] == 2 and second[2] == "" and first[2].count("\n") == 1
+        assert "another process is training in this folder" in first[2]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
