@@ -43,7 +43,7 @@ def run(program: Path, bundle: Path, runs: int) -> list[tuple[str, int, list[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=40, help="of each kind and precision")
+    parser.add_argument("--runs", type=int, default=80, help="of each kind and precision")
     parser.add_argument("--note", default="", help="what else ran meanwhile")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
