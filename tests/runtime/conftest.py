@@ -136,7 +136,9 @@ class Cpp:
     def own_tests(self, build: Path, program: str, bundle: Path, scratch: Path, **environment: str) -> str:
         """What a program of the library's own tests says; skipped where CMake found no GoogleTest to build it with."""
         if "GTest_DIR:PATH=GTest_DIR-NOTFOUND" in (build / "CMakeCache.txt").read_text():
-            pytest.skip("GoogleTest is not installed: apt install libgtest-dev (Debian, Ubuntu), or another package of it")
+            pytest.skip(
+                "GoogleTest is not installed: apt install libgtest-dev (Debian, Ubuntu), or another package of it"
+            )
         return self.run(build / "tests" / program, bundle, scratch, **environment)
 
 
