@@ -86,6 +86,7 @@ class Engine:
         self.logger = logger
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # it warns of every cache that it does not write in place
+        options.intra_op_num_threads = 1  # several wait for one another on a busy machine, and a step is small
         self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         self.inputs = {value.name: value for value in inputs}
