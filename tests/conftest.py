@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,5 +59,66 @@ def t5_folder(tmp_path_factory) -> Callable[..., Path]:
         config = transformers.T5Config(vocab_size=len(vocabulary), **{**sizes, **kinds, **changes})
         transformers.T5ForConditionalGeneration(config).save_pretrained(path)  # with its decoder, as released
         return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def decoder_of() -> Callable[..., Any]:
+    """Makes a small ``MotionDecoder`` with random weights; keywords change its sizes."""
+    from kinetok.model.config import DecoderConfig
+    from kinetok.model.decoder import MotionDecoder
+
+    def make(**changes: Any) -> MotionDecoder:
+        torch.manual_seed(1)
+        sizes = {"n_layer": 2, "n_head": 2, "n_embd": 64, "codebook": 240, "text_dim": 12, "block_size": 40}
+        decoder = MotionDecoder(DecoderConfig(**{**sizes, **changes})).eval()
+        with torch.no_grad():
+            decoder.embed.weight.mul_(0.5)
+            for name, value in decoder.named_parameters():
+                if name.endswith("scale"):
+                    value.add_(torch.randn_like(value) * 0.1)
+        return decoder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of() -> Callable[..., Any]:
+    """Makes a small ``MotionTokenizer`` with random weights; keywords change its form."""
+    from kinetok.model.config import TokenizerConfig
+    from kinetok.model.tokenizer import MotionTokenizer
+
+    def make(**changes: Any) -> MotionTokenizer:
+        torch.manual_seed(2)
+        form = {"nb_code": 256, "code_dim": 8, "width": 32, "depth": 2, "patcher": "none", "causal": True}
+        tokenizer = MotionTokenizer(TokenizerConfig(**{**form, **changes})).eval()
+        with torch.no_grad():
+            for name, value in [*tokenizer.named_parameters(), *tokenizer.named_buffers()]:
+                if "norm" in name and value.is_floating_point():
+                    value.add_(torch.rand_like(value) * 0.2)
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture
+def folder_of_graphs(tmp_path) -> Callable[..., dict[str, Any]]:
+    """Write graphs that share a weights' file and open them: ``f(build, ...)`` with ``build(weights) -> Graph``."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    from kinetok.model.graphs.builder import WeightFile
+
+    def opened(path: Path) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def write(*builders: Callable[..., Any]) -> dict[str, Any]:
+        with (tmp_path / "weights.bin").open("wb") as file:
+            weights = WeightFile(file, "weights.bin")
+            graphs = [build(weights) for build in builders]
+        for graph in graphs:
+            (tmp_path / f"{graph.name}.onnx").write_bytes(graph.model().SerializeToString())
+        return {graph.name: opened(tmp_path / f"{graph.name}.onnx") for graph in graphs}
 
     return write

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kinetok.errors import UserError
-from kinetok.model.graphs.precision import Precision, dequantize, quantize, to_numpy
+from kinetok.model.graphs.precision import BLOCK, Precision, dequantize, quantize, to_numpy
 
 
 @settings(max_examples=40, deadline=None)
@@ -34,6 +34,22 @@ def test_each_weight_is_within_half_a_step(seed, rows, columns, bits, block, pos
             part = weight[row, at : at + block]
             largest = part.abs().argmax()
             torch.testing.assert_close(back[row, at : at + block][largest], part[largest], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("positive", [False, True])
+def test_quantised_weights_are_within_half_a_step(bits, positive) -> None:
+    torch.manual_seed(bits)
+    weight = torch.randn(7, 70)
+    weight[3, :BLOCK] = 0
+    codes, scale = quantize(weight, bits, positive=positive)
+    assert codes.shape == (7, 3, BLOCK) and codes.min() >= -(1 << (bits - 1)) and codes.max() < 1 << (bits - 1)
+    assert not positive or (scale >= 0).all()
+    error = (dequantize(codes, scale, 70) - weight).abs().numpy()
+    # With one step fewer above than below, a number next to the largest of the other sign may be cut by one step.
+    steps = np.repeat(np.abs(scale), BLOCK, axis=1)[:, :70]
+    assert (error <= (0.5 if positive else 1.0) * steps + 1e-6).all()
+    assert not error[3, :BLOCK].any()
 
 
 def test_blocks_of_the_targets() -> None:
