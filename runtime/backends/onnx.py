@@ -20,6 +20,7 @@ from kinetok.runtime.manifest import MANIFEST, interface
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ONE_THREAD = 20_000_000  # parameters
+CPU_OPERATOR = b"GroupQueryAttention"  # in fp32, as our graphs have it
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _ELEMENTS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
@@ -36,9 +37,15 @@ def runtime_library() -> Any:
 def open_session(bundle: Bundle, graph: str, device: torch.device, threads: int | None = None) -> Any:
     """A session of one of the bundle's graphs on the CPU or a GPU; threads None takes torch's number.
 
-    Raises ``UserError`` where onnxruntime or its execution provider for the device is absent, or the graph is damaged.
+    Raises ``UserError`` where onnxruntime or its execution provider for the device is absent, the provider lacks the graph's
+    attention, or the graph is damaged.
     """
     path = bundle.graph(graph)
+    if device.type == "cuda" and CPU_OPERATOR in path.read_bytes():
+        raise UserError(
+            f"{path}: attends in {CPU_OPERATOR.decode()}, which CUDA's provider has for half precision alone, so the cache "
+            "would visit the CPU in every step: export the model again with --kv fp16 or --dtype fp16, or use the device cpu"
+        )
     session = _session(str(path), str(path), device, threads, {})
     inputs, outputs = interface(bundle.manifest, graph)
     # What is bound to a graph is as large as the manifest says.

@@ -111,3 +111,13 @@ def test_opening_by_name(small_model, exact) -> None:
         open_backend(f"onnx:{exact.directory}", replace(small_model, decoder=other), 1, 20)
     with pytest.raises(UserError, match="CUDAExecutionProvider"):
         OnnxBackend(exact, 1, 20, "cuda")
+
+
+def test_a_gpu_takes_no_step_that_attends_on_the_cpu(small_model, tmp_path) -> None:
+    """int8 with an fp32 cache; with an fp16 one every operator is CUDA's too, and only the provider is missing here."""
+    cases = {None: "GroupQueryAttention.*--kv fp16", "fp16": "CUDAExecutionProvider"}
+    for kv, said in cases.items():
+        bundle = read_bundle(export_bundle(small_model, tmp_path / str(kv), dtype="int8", kv=kv))
+        assert OnnxBackend(bundle, 1, 20).lengths == [0]
+        with pytest.raises(UserError, match=said):
+            onnx.open_session(bundle, "decode", torch.device("cuda"))
