@@ -227,6 +227,32 @@ def test_features_that_16_bits_do_not_hold_are_refused(folder: Path, encoder: En
     assert not (folder / "store" / "text").exists()
 
 
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf, 65504, -65504, 6e-8, -0.0])
+def test_features_that_are_no_longer_finite_are_named(
+    folder: Path, tokenizer: MotionTokenizer, encoder: Encoder, bad: float
+) -> None:
+    """Not the learning rate, which a loss of NaN would be blamed on; every finite number passes."""
+    tokenize(folder, tokenizer)
+    path = write_text(ClipStore(folder / "store"), {"type": "letters"}) / "features.bin"
+    rows = np.fromfile(path, np.float16)
+    rows[7] = bad
+    rows.tofile(path)
+    data = Sequences(folder / "store", tokenizer=folder / "tokenizer.pt")
+    one = np.array([0])
+
+    def read() -> torch.Tensor:
+        return data.rows(one, one + 3, one, one, one + 4)[0]
+
+    if np.isfinite(bad):
+        assert float(read()[1, 2]) == np.float16(bad)
+    else:
+        with pytest.raises(
+            UserError, match=r"text/features\.bin: expected finite text features; delete its folder"
+        ) as told:
+            read()
+        assert "\n" not in str(told.value)
+
+
 def test_a_full_disk(folder: Path, tokenizer: MotionTokenizer, encoder: Encoder, monkeypatch) -> None:
     import errno
 
