@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, async_save, load
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -285,9 +286,13 @@ class ShardedCheckpoints:
             for name, digest in about["sha256"].items():
                 if _digest(folder / name) != digest:
                     return f"bad checksum of {name}", None, {}
+            sums = {name: int(crc) for name, crc in about.get("crc32", {}).items()}
+            parts = {name for name in about["files"] if name.endswith(DEFAULT_SUFFIX)}
+            if "crc32" in about and sums.keys() != parts:
+                return f"{COMPLETE} has not the checksums of its parts", None, {}
             state = torch.load(folder / REST, weights_only=True)
             found = Found(folder, state["identity"], int(state["step"]), {"has_average": state["has_average"]})
-            return None, found, {str(name): int(crc) for name, crc in about.get("crc32", {}).items()}
+            return None, found, sums
         except FileNotFoundError as error:
             return f"{Path(str(error.filename)).name} is missing: it was never completed", None, {}
         except (
@@ -297,6 +302,7 @@ class ShardedCheckpoints:
             KeyError,
             TypeError,
             AttributeError,
+            OverflowError,
             pickle.UnpicklingError,
         ) as error:
             return " ".join(str(error).split())[:200], None, {}

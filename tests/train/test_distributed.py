@@ -1,6 +1,7 @@
 """Several processes over gloo: one process's numbers, sharded checkpoints, and errors that are said once."""
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -226,6 +227,23 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_used(sharded: Sharde
         flip(folder / REST, 300)
     with pytest.raises(UserError, match=r"step-00000001 is damaged \(bad checksum of rest.pt\): no whole checkpoint"):
         find()
+
+
+@pytest.mark.parametrize(
+    "sums",
+    [{}, [1], None, {"__0_0.distcp": "x"}, {"__0_0.distcp": math.inf}, {"__0_0.distcp": 1}, {"a\0b": 1}, {"../x": 1}],
+)
+def test_checksums_that_are_none(sharded: ShardedCheckpoints, sums: object) -> None:
+    """A list of them that was changed makes its checkpoint a damaged one."""
+    for step in (1, 2):
+        saved(sharded, step)
+    sharded.finish()
+    about = sharded.folder / "step-00000002" / COMPLETE
+    about.write_text(json.dumps({**json.loads(about.read_text()), "crc32": sums}))
+    told: list[str] = []
+    found = sharded.find(told.append)
+    assert found is not None and found.step == 1
+    assert "step-00000002 is damaged (" in told[0] and "\n" not in told[0]
 
 
 @pytest.mark.parametrize("sizes", [(5, 3), (LARGE + 1, 7, 2 * LARGE)])
