@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
 
 from kinetok.errors import UserError
 from kinetok.model.decoder import MotionDecoder
@@ -24,7 +26,7 @@ from kinetok.train.checkpoints import LAST, Found
 from kinetok.train.distributed import COMPLETE, REST, ManyProcesses, ShardedCheckpoints
 from kinetok.train.scale import train
 from kinetok.train.scale_recipes import ScaleRecipe, with_loop
-from kinetok.train.sums import LARGE, _Files, changed
+from kinetok.train.sums import LARGE, SummedWriter, _Files, changed
 
 pytest.importorskip("pyarrow", reason="a clip store has a Parquet index, and pyarrow is not installed")
 pytest.importorskip("tensorboard", reason="training logs to tensorboard, which is not installed")
@@ -244,6 +246,24 @@ def test_checksums_that_are_none(sharded: ShardedCheckpoints, sums: object) -> N
     found = sharded.find(told.append)
     assert found is not None and found.step == 1
     assert "step-00000002 is damaged (" in told[0] and "\n" not in told[0]
+
+
+def test_a_process_with_nothing_to_write(sharded: ShardedCheckpoints) -> None:
+    """Its part is empty, and nobody hears of its checksum."""
+    saved(sharded, 1)
+    sharded.finish()
+    folder = sharded.folder / "step-00000001"
+    writer = SummedWriter(folder)
+    writer.set_up_storage_writer(False)
+    plan = SavePlan([], storage_data=_StoragePrefix("__1_"))
+    assert writer.write_data(plan, DefaultSavePlanner()).value() == []
+    assert (folder / "__1_0.distcp").read_bytes() == b""
+    about = json.loads((folder / COMPLETE).read_text())
+    (folder / COMPLETE).unlink()
+    sharded._complete(folder, about)
+    told: list[str] = []
+    found = sharded.find(told.append)
+    assert found is not None and found.step == 1 and not told
 
 
 @pytest.mark.parametrize("sizes", [(5, 3), (LARGE + 1, 7, 2 * LARGE)])
