@@ -1,4 +1,4 @@
-"""The decoder's two graphs, prefill and decode step, over a static KV cache (MotionMillion, section 3; docs/bundle.md)."""
+"""The decoder's graphs over a static KV cache (MotionMillion, section 3): a bundle's two, and the one that is both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Attend = Callable[[int, str], str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderExport:
-    """What both graphs share. ``tensors`` gives the weights under ``MotionDecoder``'s names; kv_dtype is the cache's.
+    """What the graphs share. ``tensors`` gives the weights under ``MotionDecoder``'s names; kv_dtype is the cache's.
 
     capacity None: the cache's length is a free axis, and ScatterND writes it. A number (opset 24): it is that long, and
     TensorScatter writes it, which TensorRT does where the cache lies, without a copy, and for a fixed length only.

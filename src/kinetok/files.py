@@ -42,7 +42,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def check_file(path: Path) -> None:
     """``UserError`` where no file ``path`` can be written, said before long work for it; nothing is made."""
     folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    try:
+        taken = path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    if taken or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"cannot write {path}: expected the name of a file in a folder that can be written")
 
 

@@ -251,6 +251,16 @@ def test_a_file_in_place_of_a_folder(refused, model, motion, tmp_path):
     assert tree(tmp_path) == ["blocked", "clip.npz"] and blocked.read_text(encoding="utf-8") == "mine"
 
 
+def test_a_name_that_is_too_long(refused, model, tmp_path):
+    long = "a" * 300
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(WALK, encoding="utf-8")
+    for out in (tmp_path / long, tmp_path / "new" / long):
+        assert "cannot write" in refused("generate", WALK, "--model", model, "-o", out)
+    assert "cannot write" in refused("embed", prompts, "-o", tmp_path / long)
+    assert tree(tmp_path) == ["prompts.txt"]
+
+
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root writes to read-only folders as well")
 def test_a_read_only_folder(refused, model, motion, tmp_path):
     clip = tmp_path / "clip.npz"

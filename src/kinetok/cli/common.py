@@ -35,16 +35,17 @@ def example(*lines: str) -> str:
 def output_folder(path: Path) -> Iterator[None]:
     """Work with a folder that is made here where it is missing; of one in which nothing was written before something was
     raised, nothing is left. ``UserError`` when it cannot be a folder."""
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    made: list[Path] = []
     try:
         try:
+            made += (folder for folder in (path, *path.parents) if not folder.exists())
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
         yield
     except BaseException:
-        with suppress(OSError):  # the first one that is not empty, or is not there
-            for folder in made:
+        for folder in made:
+            with suppress(OSError):  # one that is not empty, or was never made
                 folder.rmdir()
         raise
 
