@@ -47,12 +47,11 @@ def sequences_line(recipe: ScaleRecipe, data: Path, tokenizer: Path, *, processe
     return _line(feed.step, -(-recipe.batch // processes), "clips")
 
 
-def windows_line(recipe: StoreTokenizerRecipe, data: Path, *, processes: int) -> str:
+def windows_line(recipe: StoreTokenizerRecipe, store: ClipStore | None, *, processes: int) -> str:
     """``sequences_line`` of a tokenizer's steps; in place of mean and deviation, which do not change the speed, 0 and 1."""
-    if not is_store(data):
+    if store is None:
         return NO_STORE
     try:
-        store = ClipStore(data)
         train = _some(np.flatnonzero((store.frames >= recipe.frames) & (store.splits == "train")))
     except UserError as error:
         return f"loader: not measured ({error})"

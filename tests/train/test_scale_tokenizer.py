@@ -154,6 +154,7 @@ def test_the_command_line(trained_store, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("kinetok.train.rates.SECONDS", 0.01)
     assert re.search(r"loader: [\d,]*[1-9][\d,]* windows/s of one worker", said("--recipe", "smoke", *data))
     assert "more processes than data" in said("--recipe", "smoke", "--dry-run", "--processes", "9")
+    assert "expected a clip store" in said("--recipe", "smoke", "--dry-run", "--data", str(tmp_path))
     for words in (["--dry-run"], ["--steps", "3"]):
         assert f"{words[0]} goes with a recipe for a clip store" in said("--recipe", "mini", *words)
     assert "mini, smoke or motionmillion" in said("--recipe", "smokey")

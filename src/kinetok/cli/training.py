@@ -58,6 +58,13 @@ def _dry_run_only(dry_run: bool, processes: int | None, tokens_per_second: float
             raise UserError(f"{option} goes with --dry-run; torchrun --nproc-per-node N starts N processes")
 
 
+def _names_store(data: Path) -> bool:
+    """Whether a dry run is to read a clip store: the default is none, and any other folder that is none is a slip."""
+    from kinetok.train.data.shards import is_store
+
+    return is_store(data) or data != CMU
+
+
 def _one_process(recipe: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{recipe} trains in one process: start it without torchrun")
@@ -91,11 +98,12 @@ def tokenizer(
 
         chosen = with_loop(store_tokenizer_recipe(recipe), steps=steps, seed=seed)
         if dry_run:
+            from kinetok.train.data.shards import ClipStore
             from kinetok.train.rates import windows_line
 
-            gpus = processes or 1
+            gpus, store = processes or 1, ClipStore(data) if _names_store(data) else None
             print("\n".join(cost_lines(recipe, chosen, processes=gpus, tokens_per_second=tokens_per_second)))
-            print(windows_line(chosen, data, processes=gpus))
+            print(windows_line(chosen, store, processes=gpus))
             return
         _wrote(train_on_store(recipe=chosen, data=data, out=out, resume=resume, sample_every=sample_every))
         return
@@ -236,12 +244,11 @@ def _decoder_cost(
     checkpointing: bool,
 ) -> None:
     from kinetok.train.data.sequences import mean_lengths
-    from kinetok.train.data.shards import is_store
     from kinetok.train.scale_recipes import cost, cost_lines
 
-    # The default is no store; any other folder that is none is a slip.
-    known = is_store(data) or data != CMU
-    means = mean_lengths(data, recipe.max_text, recipe.min_tokens, recipe.max_tokens) if known else None
+    means = None
+    if _names_store(data):
+        means = mean_lengths(data, recipe.max_text, recipe.min_tokens, recipe.max_tokens)
     found = cost(
         recipe,
         processes=processes,
