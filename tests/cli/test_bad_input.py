@@ -257,6 +257,7 @@ def test_a_name_that_is_too_long(refused, model, tmp_path):
     prompts.write_text(WALK, encoding="utf-8")
     for out in (tmp_path / long, tmp_path / "new" / long):
         assert "cannot write" in refused("generate", WALK, "--model", model, "-o", out)
+        assert "cannot write" in refused("evaluate", "prompts", "--model", model, "-o", out)
     assert "cannot write" in refused("embed", prompts, "-o", tmp_path / long)
     assert tree(tmp_path) == ["prompts.txt"]
 

@@ -52,9 +52,9 @@ def prompts(
     texts = (motionmillion_eval() if file is None else read_prompts(file))[:limit]
     model_folder = find_model(model)
     settings = {"model": model or "default", "manifest": manifest_digest(model_folder / MANIFEST), **asdict(params)}
-    if out.is_dir() and not (out / INDEX).exists() and any(out.iterdir()):
-        raise UserError(f"--out: expected an empty folder or one of an earlier run, but {out} holds other files")
     with output_folder(out):
+        if not (out / INDEX).exists() and any(out.iterdir()):
+            raise UserError(f"--out: expected an empty folder or one of an earlier run, but {out} holds other files")
         folder = ClipFolder(out / INDEX, settings, suffixes)
         jobs = [Job(number, text) for number, text in enumerate(texts)]
         todo = [job for job in jobs if not folder.done(job)]
