@@ -259,6 +259,7 @@ def test_a_name_that_is_too_long(refused, model, tmp_path):
         assert "cannot write" in refused("generate", WALK, "--model", model, "-o", out)
         assert "cannot write" in refused("evaluate", "prompts", "--model", model, "-o", out)
     assert "cannot write" in refused("embed", prompts, "-o", tmp_path / long)
+    assert "expected a folder" in refused("generate", WALK, "--model", model, "-o", tmp_path / f"{long}.bvh")
     assert tree(tmp_path) == ["prompts.txt"]
 
 

@@ -1,5 +1,6 @@
 """``kinetok generate``."""
 
+import os
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -75,7 +76,7 @@ def generate(
     texts = [check_prompt(text) for text in prompt or ()] + (read_prompts(prompts) if prompts is not None else [])
     if not texts:
         raise UserError("nothing to generate: give a sentence, or a file of sentences with --prompts")
-    if out.suffix.lower().lstrip(".") in FORMATS and not out.is_dir():
+    if out.suffix.lower().lstrip(".") in FORMATS and not os.path.isdir(out):
         raise UserError(f"--out: expected a folder, got the file name {out}; choose the kind of file with --format")
     model_folder = find_model(model)
     settings = {"model": model or "default", "manifest": manifest_digest(model_folder / MANIFEST), **asdict(params)}
