@@ -26,7 +26,7 @@ class Standing:
         """Local rotations ``[T, 22, 3, 3]`` (joint 0 global) and root ``[T, 3]`` of features ``[T, 272]`` that go on from
         here, and where they end: ``kernels.kinematics.local_pose`` of the whole, cut into blocks.
 
-        Frame by frame, since a reader asks for two at a time: a scan's many small operations took five times as long.
+        Frame by frame, since a reader asks for two at a time, and a scan's many small operations cost more than these few.
         """
         x = features.astype(np.float64)
         rows = np.concatenate((x[:, HEADING_CHANGE], x[:, ROTATIONS]), 1).reshape(len(x), -1, 6)

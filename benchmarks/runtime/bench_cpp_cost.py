@@ -16,27 +16,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench_npc import ROOT, build, environment
+
 POSITIONS = 170  # as in examples/npc_crowd: a short text and ten seconds of motion
 TURNS = 4
 PARTS = ("decode", "detokenizer", "draw")
 
 
-def build(folder: Path) -> Path:
-    """The program that measures."""
-    subprocess.run(["cmake", "-S", ROOT / "runtime" / "cpp", "-B", folder, "-DKINETOK_TESTS=ON"], check=True)
-    subprocess.run(["cmake", "--build", folder, "--parallel", "2", "--target", "kinetok_cost"], check=True)
-    return folder / "tests" / "kinetok_cost"
-
-
 def run(program: Path, bundle: Path, runs: int) -> list[tuple[str, int, list[float]]]:
     """A call a row: hot or cold, characters, microseconds by part."""
-    import onnxruntime
-
-    library = next((Path(onnxruntime.__file__).parent / "capi").glob("*onnxruntime.so.*"))
-    environment = {**os.environ, "KINETOK_ONNXRUNTIME": str(library), "ORT_DISABLE_TELEMETRY": "1"}
     words = [program, bundle, str(POSITIONS), str(runs)]
-    said = subprocess.run(words, check=True, env=environment, capture_output=True, text=True).stdout
+    said = subprocess.run(words, check=True, env=environment(), capture_output=True, text=True).stdout
     rows = [line.split() for line in said.splitlines()]
     return [(state, int(count), [float(part) for part in parts]) for state, count, *parts in rows]
 
@@ -54,7 +44,7 @@ def main() -> None:
     from kinetok.model.pretrained import load_pretrained
     from kinetok.runtime.bench.machine import cpu_name
 
-    program = build(ROOT / "build" / "cpp_cost")
+    program = build(ROOT / "build" / "cpp_cost", "KINETOK_TESTS", "tests/kinetok_cost")
     calls: dict[tuple[str, str, int], list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         bundles = {}

@@ -19,18 +19,23 @@ ROOT = Path(__file__).resolve().parents[2]
 BUDGET_MS = 2.0
 
 
-def build(folder: Path) -> Path:
-    """The example's program."""
-    subprocess.run(["cmake", "-S", ROOT / "runtime" / "cpp", "-B", folder, "-DKINETOK_EXAMPLES=ON"], check=True)
-    subprocess.run(["cmake", "--build", folder, "--target", "npc_crowd"], check=True)
-    return folder / "examples" / "npc_crowd" / "npc_crowd"
+def build(folder: Path, option: str, program: str) -> Path:
+    """A program of runtime/cpp, named by its path in the build; option is CMake's that it needs."""
+    subprocess.run(["cmake", "-S", ROOT / "runtime" / "cpp", "-B", folder, f"-D{option}=ON"], check=True)
+    subprocess.run(["cmake", "--build", folder, "--parallel", "2", "--target", Path(program).name], check=True)
+    return folder / program
+
+
+def environment() -> dict[str, str]:
+    """Where such a program finds the Python package's ONNX Runtime."""
+    import onnxruntime
+
+    library = next((Path(onnxruntime.__file__).parent / "capi").glob("*onnxruntime.so.*"))
+    return {**os.environ, "KINETOK_ONNXRUNTIME": str(library), "ORT_DISABLE_TELEMETRY": "1"}
 
 
 def run(program: Path, bundle: Path, folder: Path, characters: int, seconds: int, inline: bool) -> dict[str, Any]:
     """One run's figures, as the program writes them."""
-    import onnxruntime
-
-    library = next((Path(onnxruntime.__file__).parent / "capi").glob("*onnxruntime.so.*"))
     words = [
         program,
         bundle,
@@ -41,8 +46,7 @@ def run(program: Path, bundle: Path, folder: Path, characters: int, seconds: int
         "--json",
         folder / "figures.json",
     ]
-    environment = {**os.environ, "KINETOK_ONNXRUNTIME": str(library), "ORT_DISABLE_TELEMETRY": "1"}
-    subprocess.run([str(word) for word in words + ["--inline"] * inline], check=True, env=environment)
+    subprocess.run([str(word) for word in words + ["--inline"] * inline], check=True, env=environment())
     return dict(json.loads((folder / "figures.json").read_text()))
 
 
@@ -56,7 +60,7 @@ def main() -> None:
     from kinetok.files import whole_file
     from kinetok.model.pretrained import load_pretrained
 
-    program = build(ROOT / "build" / "cpp")
+    program = build(ROOT / "build" / "cpp", "KINETOK_EXAMPLES", "examples/npc_crowd/npc_crowd")
     runs = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -75,7 +75,7 @@ def _mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def create_dot(self, a, b, d, *rest):
         a, b = (widened(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        if not np.issubdtype(a.data.dtype, np.floating):
+        if not all(np.issubdtype(x.data.dtype, np.floating) for x in (a, b)):  # codes of fp8, integers
             return dot(self, a, b, d, *rest)
         total = a.data.astype(np.float64) @ b.data.astype(np.float64) + d.data
         return handle(total.astype(d.data.dtype), d.dtype.scalar)
