@@ -95,10 +95,20 @@ class Graph:
         if self.opset not in OPSETS:
             raise UserError(f"opset: expected one of {', '.join(map(str, OPSETS))}, got {self.opset}")
 
-    def nodes(self, op: str, inputs: Sequence[str], count: int, *, domain: str = "", **attributes: Any) -> list[str]:
-        """Append a node with ``count`` outputs."""
+    def nodes(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        count: int,
+        *,
+        unused: Sequence[int] = (),
+        domain: str = "",
+        **attributes: Any,
+    ) -> list[str]:
+        """Append a node with ``count`` outputs; those that are unused have no name, so a runtime need not compute them."""
         self._count += 1
         outputs = [f"{op}_{self._count}" + (f"_{i}" if count > 1 else "") for i in range(count)]
+        outputs = ["" if i in unused else output for i, output in enumerate(outputs)]
         self._nodes.append(
             helper.make_node(op, list(inputs), outputs, f"{op}_{self._count}", domain=domain, **attributes)
         )

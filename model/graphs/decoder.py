@@ -9,7 +9,7 @@ from torch import Tensor
 from kinetok.kernels.rotary import rotary_table
 from kinetok.model.config import DecoderConfig
 from kinetok.model.graphs.builder import Graph, Weights
-from kinetok.model.graphs.ops import attention, cached_attention, cached_heads, rms_norm, rotate, silu
+from kinetok.model.graphs.ops import add_rms_norm, attention, cached_attention, cached_heads, rms_norm, rotate, silu
 from kinetok.model.graphs.precision import Precision, Tensors, linear, to_numpy
 
 Attend = Callable[[int, str], str]
@@ -22,6 +22,7 @@ class DecoderExport:
 
     capacity None: the cache's length is a free axis, and ScatterND writes it. A number (opset 24): it is that long, and
     TensorScatter writes it, which TensorRT does where the cache lies, without a copy, and for a fixed length only.
+    contrib: ONNX Runtime's own operators may stand for several standard ones, as they do anyway beside its quantised product.
     """
 
     config: DecoderConfig
@@ -30,6 +31,7 @@ class DecoderExport:
     kv_dtype: np.dtype
     opset: int = 23
     capacity: int | None = None
+    contrib: bool = False
 
     def prefill(self, weights: Weights) -> Graph:
         """Text ``[B, L, D]`` into the first positions of an empty cache; logits after each row's last."""
@@ -162,10 +164,14 @@ class DecoderExport:
         return name
 
     @property
+    def _for_ort(self) -> bool:
+        """Whether nothing but ONNX Runtime could run the graph."""
+        return self.contrib or (self.precision.bits > 0 and self.precision.target == "ort")
+
+    @property
     def _one_operator(self) -> bool:
         """Whether a step's attention is one operator of ONNX Runtime, whose MatMulNBits the graph has anyway."""
-        own = self.precision.bits > 0 and self.precision.target == "ort"
-        return own and self.kv_dtype == self._dtype and cached_heads(self.config.head_dim)
+        return self._for_ort and self.kv_dtype == self._dtype and cached_heads(self.config.head_dim)
 
     def _step_attention(self, g: Graph, past: list[tuple[str, str]], positions: str) -> Attend:
         """Of one token a row: GroupQueryAttention writes the cache and reads it as far as it is filled."""
@@ -217,17 +223,25 @@ class DecoderExport:
         def product(value: str, name: str, rows: int, columns: int) -> str:
             return linear(g, value, name, self.tensors, self.precision, (rows, columns), bits)
 
+        def normed_sum(x: str, more: str | None, name: str) -> tuple[str, str]:
+            scale = self._plain(g, name)
+            if more is not None and self._for_ort:
+                return add_rms_norm(g, x, more, scale)
+            x = x if more is None else g.node("Add", x, more)
+            return x, rms_norm(g, x, scale, dtype)
+
+        more: str | None = None  # the last product, which the stream lacks
         for i in range(config.n_layer):
             block = f"blocks.{i}"
-            normed = rms_norm(g, x, self._plain(g, f"{block}.attn_norm.scale"), dtype)
+            x, normed = normed_sum(x, more, f"{block}.attn_norm.scale")
             joined = attend(i, product(normed, f"{block}.qkv.weight", 3 * width, width))
-            x = g.node("Add", x, product(joined, f"{block}.attn_out.weight", width, width))
-            normed = rms_norm(g, x, self._plain(g, f"{block}.mlp_norm.scale"), dtype)
+            more = product(joined, f"{block}.attn_out.weight", width, width)
+            x, normed = normed_sum(x, more, f"{block}.mlp_norm.scale")
             both = product(normed, f"{block}.gate_up.weight", 2 * config.mlp_width, width)
             gate, up = g.nodes("Split", [both], 2, axis=-1, num_outputs=2)
             hidden = g.node("Mul", silu(g, gate), up)
-            x = g.node("Add", x, product(hidden, f"{block}.down.weight", width, config.mlp_width))
-        return x
+            more = product(hidden, f"{block}.down.weight", width, config.mlp_width)
+        return x if more is None else g.node("Add", x, more)
 
     def _logits(self, g: Graph, x: str) -> None:
         """``x [B, d]`` through the last norm and the head; fp32."""

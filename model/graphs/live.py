@@ -37,6 +37,7 @@ def decoder_graph(decoder: MotionDecoder) -> tuple[bytes, dict[str, np.ndarray]]
         tensors=module_tensors(decoder),
         precision=Precision(name="fp32"),
         kv_dtype=np.dtype(np.float32),
+        contrib=True,
     )
     return export.extend(held).model().SerializeToString(), held.arrays
 

@@ -21,6 +21,13 @@ def rms_norm(g: Graph, x: str, scale: str, dtype: np.dtype, eps: float = 1e-5) -
     return g.node("Mul", g.cast(unit, dtype) if dtype != np.float32 else unit, scale)
 
 
+def add_rms_norm(g: Graph, x: str, more: str, scale: str, eps: float = 1e-5) -> tuple[str, str]:
+    """fp32 ``x + more`` and its ``rms_norm``, in one operator of ONNX Runtime's."""
+    op, inputs = "SkipSimplifiedLayerNormalization", [x, more, scale]
+    normed, *_, total = g.nodes(op, inputs, 4, unused=(1, 2), domain=MICROSOFT, epsilon=eps)
+    return total, normed
+
+
 def rotate(g: Graph, x: str, table: tuple[str, str], positions: str, half: int) -> str:
     """fp32 ``x [B, H, T, 2 half]`` rotated by the rows ``positions [B, T]`` of the tables ``[positions, half]``."""
     if g.opset >= 23:

@@ -62,7 +62,7 @@ def test_what_is_written_replays(model_of, tmp_path, dtype, kv, opset) -> None:
     assert domains == set(manifest["domains"]) == ({"", "com.microsoft"} if "int" in dtype else {""})
     kinds = {node.op_type for node in nodes if node.domain}
     attends = {"GroupQueryAttention"} if "int" in dtype and kv is None else set()
-    assert kinds == ({"MatMulNBits", *attends} if "int" in dtype else set())
+    assert kinds == ({"MatMulNBits", "SkipSimplifiedLayerNormalization", *attends} if "int" in dtype else set())
 
 
 def test_the_manifest_says_what_is_there(bundle, model_of) -> None:

@@ -40,6 +40,16 @@ def test_rms_norm(folder_of_graphs, opset) -> None:
 
 
 @OPSETS
+def test_add_rms_norm(folder_of_graphs, opset) -> None:
+    x, more, scale = torch.randn(3, 5, 17) * 4, torch.randn(3, 5, 17), torch.randn(17)
+    feeds = {"x": x.numpy(), "more": more.numpy(), "s": scale.numpy()}
+    wanted = x.double() + more, norm_reference.rms_norm(x.double() + more, scale.double())
+    for which in (0, 1):
+        got = run(folder_of_graphs, opset, lambda g, *names, i=which: ops.add_rms_norm(g, *names)[i], feeds, 3)
+        np.testing.assert_allclose(got, wanted[which], atol=3e-6)
+
+
+@OPSETS
 @pytest.mark.parametrize("half", [1, 32, 50, 64])
 def test_rotate(folder_of_graphs, opset, half) -> None:
     table = rotary_reference.rotary_table(40, 2 * half)
