@@ -1,5 +1,6 @@
 // Noise, drawing, hashes, poses.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -32,6 +33,85 @@ TEST(Numbers, noise_has_the_bits_of_docs_numerics) {
     uint32_t bits;
     std::memcpy(&bits, &g, sizeof bits);
     EXPECT_EQ(bits, row.bits);
+  }
+}
+
+TEST(Numbers, noise_is_within_its_limit) {
+  const float most = sampling::noise_limit(UINT32_MAX);
+  uint32_t beyond = 0;
+  for (uint32_t i = 0; i < 1u << 23; ++i) {  // every noise there is
+    const uint32_t word = i << 9 | (i & 511);
+    const float g = sampling::noise(word);
+    beyond += !(g <= sampling::noise_limit(word) && g <= most);
+  }
+  EXPECT_EQ(beyond, 0u);
+}
+
+// A draw as docs/numerics.md has it, one number after the other. The logits hold no NaN.
+static int32_t drawn_plainly(std::vector<float> scores, const sampling::Draw& how) {
+  if (how.temperature == 0) return static_cast<int32_t>(std::max_element(scores.begin(), scores.end()) - scores.begin());
+  const float inverse = static_cast<float>(1 / how.temperature);
+  for (float& score : scores) score *= inverse;
+  std::vector<float> falling = scores;
+  std::sort(falling.rbegin(), falling.rend());
+  if (how.top_k && how.top_k < scores.size())
+    for (float& score : scores)
+      if (score < falling[how.top_k - 1]) score = -INFINITY;
+  std::vector<int32_t> weights;
+  for (const float score : scores) weights.push_back(sampling::exp2_weight(std::max((score - falling[0]) * 1.4426950216293335f, -40.0f)));
+  std::vector<int32_t> sorted = weights;
+  std::sort(sorted.rbegin(), sorted.rend());
+  uint64_t sum = 0, share = std::max<uint64_t>(1, static_cast<uint64_t>(std::nearbyint(how.top_p * 65536)));
+  for (const int32_t weight : sorted) sum += static_cast<uint32_t>(weight);
+  const uint64_t needed = (sum * share + 65535) >> 16;
+  size_t last = 0;
+  for (sum = static_cast<uint32_t>(sorted[0]); sum < needed;) sum += static_cast<uint32_t>(sorted[++last]);
+  float best = -INFINITY;
+  int32_t token = 0;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    if (scores[i] == -INFINITY || (share < 65536 && weights[i] < sorted[last])) continue;
+    const float noisy = scores[i] + sampling::gumbel(how.seed, how.position, how.request, static_cast<uint32_t>(i));
+    if (noisy > best) best = noisy, token = static_cast<int32_t>(i);
+  }
+  return token;
+}
+
+TEST(Numbers, a_draw_is_that_of_a_plain_loop) {
+  std::mt19937 random(9);
+  std::normal_distribution<float> normal;
+  const auto one_of = [&](std::initializer_list<double> of) { return of.begin()[random() % of.size()]; };
+  for (const size_t classes : {1u, 3u, 5u, 31u, 32u, 33u, 255u, 257u, 1001u, 4376u, 64001u}) {
+    sampling::Sampler sampler(classes);
+    std::vector<float> logits(classes);
+    for (uint64_t draw = 0; draw < (classes > 5000 ? 4 : 60); ++draw) {
+      const auto kind = draw % 4;
+      const auto spread = static_cast<float>(one_of({0, 0.5, 3, 30}));
+      for (float& x : logits) {
+        x = spread * normal(random) - 5;
+        if (kind == 1) x = std::round(x);                // many equals
+        if (kind == 2 && random() % 50) x = -INFINITY;   // few that are not banned
+        if (kind == 3) x = random() % 2 ? 1e9f : -1e9f;  // noise is nothing to them: the lowest id
+      }
+      logits[random() % classes] = kind == 3 ? 1e9f : 1;
+      sampling::Draw how = {draw << 40 | classes, draw, 7, static_cast<uint32_t>(one_of({0, 0, 1, 50}))};
+      how.temperature = one_of({0, 0.1, 1, 1.3});
+      how.top_p = one_of({1, 0.999995, 0.95, 0.3, 1e-4});
+      sampler.mix(logits.data(), nullptr, 1);
+      EXPECT_EQ(sampler.draw(how), drawn_plainly(logits, how)) << classes << " classes, draw " << draw;
+      logits[random() % classes] = draw % 2 ? std::nanf("") : -std::nanf("");
+      sampler.mix(logits.data(), nullptr, 1);
+      EXPECT_EQ(sampler.draw(how), sampling::NOT_FINITE);
+    }
+  }
+}
+
+TEST(Numbers, top_p_stops_at_just_enough) {
+  const float half = -0.6931472f, logits[3] = {0, half, half};
+  EXPECT_EQ(sampling::exp2_weight(half * 1.4426950216293335f), 1 << 23);  // so the first token is half of all
+  sampling::Sampler sampler(3);
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    sampler.mix(logits, nullptr, 1);
+    EXPECT_EQ(sampler.draw({seed, 0, 0, 0, 1, 0.5}), 0);
   }
 }
 
