@@ -21,6 +21,14 @@ from kinetok.runtime.manifest import MANIFEST, interface
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ONE_THREAD = 20_000_000  # parameters
 CPU_OPERATOR = b"GroupQueryAttention"  # in fp32, as our graphs have it
+_OPSET_18 = "export the bundle with --opset 18 (1.18 runs that in fp32 and fp16, 1.23 in int8 and int4)"
+# How releases too old for a graph refuse it, in a part of their words, and what helps but a newer one. They are out, so the
+# words stay.
+_TOO_OLD = {
+    "Unsupported model IR version": _OPSET_18,
+    "is under development and support for this is limited": _OPSET_18,  # an opset
+    "Only 4b quantization is supported": "export the bundle with --dtype fp32 or fp16",
+}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _ELEMENTS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
@@ -64,7 +72,11 @@ def _numbers(shape: Sequence[Any]) -> tuple[int | None, ...]:
 def _session(
     model: str | bytes, name: str, device: torch.device, threads: int | None, weights: Mapping[str, np.ndarray]
 ) -> Any:
-    """A session of a graph's file or bytes. weights: what the graph refers to and does not hold; read here, not kept."""
+    """A session of a graph's file or bytes. weights: what the graph refers to and does not hold; read here, not kept.
+
+    Raises ``UserError`` where onnxruntime or its provider is absent, or it cannot load the graph: because it is too old, or
+    the graph is damaged.
+    """
     onnxruntime = runtime_library()
     onnxruntime.disable_telemetry_events()  # what a user runs is nobody else's business
     provider = PROVIDERS[device.type]
@@ -86,8 +98,15 @@ def _session(
             options.add_external_initializers(list(weights), values)
         return onnxruntime.InferenceSession(model, options, providers=choice)
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}: onnxruntime cannot load it: {detail}") from error
+        detail = " ".join(str(error).split())
+        for words, remedy in _TOO_OLD.items():
+            if words in detail:
+                or_a_bundle = "" if isinstance(model, bytes) else f", or {remedy}"
+                raise UserError(
+                    f"{name}: onnxruntime {onnxruntime.__version__} is too old for it: install a newer one, "
+                    f"pip install 'kinetok[onnx]'{or_a_bundle}"
+                ) from error
+        raise UserError(f"{name}: onnxruntime cannot load it: {detail[:200]}") from error
 
 
 def bound(session: Any, tensors: Mapping[str, Tensor]) -> Run:

@@ -121,3 +121,28 @@ def test_a_gpu_takes_no_step_that_attends_on_the_cpu(small_model, tmp_path) -> N
         assert OnnxBackend(bundle, 1, 20).lengths == [0]
         with pytest.raises(UserError, match=said):
             onnx.open_session(bundle, "decode", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("Unsupported model IR version: 11, max supported IR version: 10", "--opset 18"),
+        ("Opset 24 is under development and support for this is limited. The schemas may change", "--opset 18"),
+        ("nbits_ == 4 was false. Only 4b quantization is supported for MatMulNBits op", "--dtype fp32 or fp16"),
+    ],
+)
+def test_an_onnxruntime_too_old_for_a_graph(small_model, exact, monkeypatch, words, remedy) -> None:
+    """Its own words stand behind a signature in C++ that is longer than a line."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(f"Load model from FILE failed:{'model.cc:181 ' * 40}\n{words}")
+
+    monkeypatch.setattr(onnx.runtime_library(), "InferenceSession", refuse)
+    monkeypatch.setattr(onnx.runtime_library(), "__version__", "old")
+    with pytest.raises(UserError, match=f"onnxruntime old is too old for it: install a newer one.*{remedy}") as error:
+        onnx.open_session(exact, "decode", torch.device("cpu"))
+    assert "\n" not in str(error.value)
+    fresh = copy.deepcopy(small_model.decoder)
+    with pytest.raises(UserError, match="onnxruntime old is too old") as error:
+        LiveOnnxBackend(fresh, 1, 20)
+    assert "export" not in str(error.value)  # there is no bundle

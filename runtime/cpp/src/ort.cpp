@@ -1,6 +1,7 @@
 #include "ort.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <filesystem>
 #include <memory>
 
@@ -20,6 +21,18 @@ namespace {
 struct Inside {
   Inside() { ++inside; }
   ~Inside() { --inside; }
+};
+
+// How releases too old for a graph refuse it, in a part of their words, and what to do. They are out, so the words stay.
+struct Refusal {
+  const char *words, *remedy;
+};
+constexpr char NEWER_OR_OPSET_18[] =
+    "use a newer one, or export the bundle with --opset 18 (1.18 runs that in fp32 and fp16, 1.23 in int8 and int4)";
+constexpr Refusal TOO_OLD[] = {
+    {"Unsupported model IR version", NEWER_OR_OPSET_18},
+    {"is under development and support for this is limited", NEWER_OR_OPSET_18},  // an opset
+    {"Only 4b quantization is supported", "use a newer one (1.23 runs int8 and int4), or export the bundle with --dtype fp32 or fp16"},
 };
 
 const abi::Base* base_of(const std::string& library) {
@@ -150,7 +163,13 @@ Session::Session(const Runtime& owner, const std::string& path, const Provider& 
   provider.append(options);
   // native() is what the operating system calls a path: wide characters on Windows.
   const std::filesystem::path file = std::filesystem::u8path(path);
-  runtime.check(runtime.api.create_session(runtime.env, file.c_str(), options, &handle), path.c_str());
+  abi::Status* status = runtime.api.create_session(runtime.env, file.c_str(), options, &handle);
+  for (const Refusal& refusal : TOO_OLD)
+    if (status && std::strstr(runtime.api.error_message(status), refusal.words)) {
+      runtime.api.release_status(status);
+      throw Error(KT_ERROR_RUNTIME, "ONNX Runtime %.20s is too old for %.150s: %s", runtime.version.c_str(), path.c_str(), refusal.remedy);
+    }
+  runtime.check(status, path.c_str());
 }
 
 Session::~Session() {

@@ -27,7 +27,7 @@ struct RunOptions;
 struct CudaOptions;
 struct TensorRtOptions;
 
-inline constexpr uint32_t API_VERSION = 17;  // of ONNX Runtime 1.17; every later one answers it
+inline constexpr uint32_t API_VERSION = 18;  // of ONNX Runtime 1.18, the first that reads a bundle; every later one answers it
 inline constexpr int LOG_ERROR = 3, ARENA_ALLOCATOR = 1, DEFAULT_MEMORY = 0;
 enum Element : int { FLOAT = 1, INT64 = 7, FLOAT16 = 10 };
 

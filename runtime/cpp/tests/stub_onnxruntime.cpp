@@ -6,6 +6,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -153,6 +154,14 @@ void watch(const Session& session) {
   if (called + 1 < sizeof calls) calls[called++] = session.graph == "detokenize_stream" ? 's' : session.graph[0];
 }
 
+// What releases too old for a graph say of it, behind the place in their source.
+const std::string place = "Load model from FILE failed:/onnxruntime_src/onnxruntime/core/graph/model.cc:181 " + std::string(300, 'x');
+const std::map<std::string, std::string> older = {
+    {"format", place + " Unsupported model IR version: 11, max supported IR version: 10"},
+    {"opset", place + " Opset 24 is under development and support for this is limited. The operator schemas may change"},
+    {"bits", place + " nbits_ == 4 was false. Only 4b quantization is supported for MatMulNBits op"},
+};
+
 #define STUB(name) KT_ORT_CALL name
 
 const char* STUB(error_message)(const Status* status) { return status->message.c_str(); }
@@ -163,6 +172,7 @@ Status* STUB(create_session)(const Env*, const PathChar* path, const SessionOpti
   const std::string name = file.filename().string();
   if (std::ifstream(file, std::ios::binary).get() != 0x08) return fail(name + " is no ONNX graph");  // its first field's tag
   if (options->provider.rfind("refuse", 0) == 0) return fail("the provider cannot run " + name);
+  if (options->provider.rfind("old=", 0) == 0) return fail(older.at(options->provider.substr(4)) + ".");
   *session = new Session{file.stem().string()};
   return nullptr;
 }

@@ -64,6 +64,16 @@ TEST(Stub, a_provider_that_is_absent_or_fails_is_one_line) {
   EXPECT_STATUS(KT_ERROR_RUNTIME, open_with(""));
 }
 
+TEST(Stub, a_release_too_old_for_a_graph_is_one_line_with_the_remedy) {
+  const char* remedies[][2] = {{"format", "--opset 18"}, {"opset", "--opset 18"}, {"bits", "--dtype fp32"}};
+  for (const auto& [what, remedy] : remedies) {
+    EXPECT_STATUS(KT_ERROR_RUNTIME, open_with((std::string("XNNPACK:old=") + what).c_str()));
+    EXPECT_TRUE(said("ONNX Runtime stub is too old for ")) << kt_last_error();
+    EXPECT_TRUE(said(": use a newer one") && said(remedy)) << kt_last_error();
+    EXPECT_FALSE(std::strchr(kt_last_error(), '\n')) << kt_last_error();
+  }
+}
+
 // A character that moves gets its token after one piece of somebody's preparation, not after all of it.
 TEST(Stub, preparations_take_turns_with_tokens) {
   const auto hold = of_stub<void (*)(bool)>("kinetok_stub_hold");
