@@ -66,7 +66,10 @@ class _Lines:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x [n, k, K]`` times the transpose of ``weight [N, K]``, a product of its own for each of the n rows, whose bits then
     do not depend on the others."""
-    y = torch.bmm(x, weight.T.expand(len(x), -1, -1))
+    if x.device.type == "cpu":  # where a batch is shared out among threads otherwise than one product is
+        y = torch.stack([row @ weight.T for row in x])
+    else:
+        y = torch.bmm(x, weight.T.expand(len(x), -1, -1))
     return y if bias is None else y + bias
 
 

@@ -1,6 +1,7 @@
 """Streaming against decoding the whole clip: golden tokenizers, every kind of configuration, any cut into blocks."""
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -98,6 +99,15 @@ def test_any_cut_into_blocks(length: int, cuts: list[int]) -> None:
     close(stream(StreamingDetokenizer(MODEL, 1), tokens, cuts), MODEL.decode(tokens[None])[0])
 
 
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_crowd_of_different_ages_leaves_every_clip_its_bits(causal: bool) -> None:
     model = small(causal=causal, width=64)
@@ -117,6 +127,18 @@ def test_a_crowd_of_different_ages_leaves_every_clip_its_bits(causal: bool) -> N
     for clip, frames in zip(clips, parts, strict=True):
         alone = stream(StreamingDetokenizer(model, 1), clip, list(range(1, len(clip))))
         assert torch.equal(torch.cat(frames), alone)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("width", [16, 64])
+def test_clips_that_end_together_keep_their_bits(width: int) -> None:
+    """On two threads a batch of products was shared out otherwise than one alone, and summed otherwise."""
+    model = small(width=width, input_dim=272, patcher="none", causal=False)
+    crowd, alone = StreamingDetokenizer(model, 3), StreamingDetokenizer(model, 1)
+    clips = torch.randint(240, (3, 12))
+    parts = [crowd.push([0, 1, 2], clips[:, step, None]) for step in range(12)] + [crowd.finish([0, 1, 2])]
+    for i, clip in enumerate(clips):
+        assert torch.equal(torch.cat([part[i] for part in parts]), stream(alone, clip, list(range(1, 12))))
 
 
 def test_a_copy_goes_its_own_way_and_a_reset_forgets() -> None:
