@@ -45,7 +45,7 @@ class DeviceSteps(Steps):
             return
         assert twin.base is not None
         written, cached = len(twin.tokens), len(twin.tokens) - 1 - twin.base[0]
-        if cached < twin.job.window:
+        if not twin.slides(written - 1):
             lengths = [len(text) + cached for text in twin.job.texts]
             self.backend.resume(twin.slots, lengths, draw_of(twin.job), written, twin.tokens[-1])
         twin.ahead = Ahead(written, ())
@@ -101,10 +101,10 @@ def _unread(character: Character) -> int:
 
 def _goes_on(character: Character) -> bool:
     """Whether another token can be drawn from what the cache holds."""
-    ahead, base = character.ahead, character.base
-    if ahead is None or base is None:
+    ahead = character.ahead
+    if ahead is None or character.base is None:
         return False
-    return ahead.launched < character.job.most and ahead.launched - 1 - base[0] < character.job.window
+    return ahead.launched < character.job.most and not character.slides(ahead.launched - 1)
 
 
 def _next(character: Character) -> int | None:

@@ -20,8 +20,9 @@ class Job:
 
     text, empty: features ``[L, D]`` of the prompt and, with guidance, of the empty text. params without None
     (``SamplingParams.resolve``). least, most: tokens of the clip in all. request: with the seed, the name of the draws.
-    window: most motion tokens in the cache; when they are that many, the text and the last ``keep`` of them
-    (``Character.kept``) are prefilled anew. deadline: ``time.monotonic()`` after which it is given up.
+    window: most motion tokens in the cache; when they are that many, or show a held pose (``Character.slides``), the text
+    and the last ``keep`` of them (``Character.kept``) are prefilled anew. deadline: ``time.monotonic()`` after which it is
+    given up.
     Raises ``UserError`` for a request that is no number of 32 bits: found out in a step, it would end that of everyone.
     """
 
@@ -97,8 +98,23 @@ class Character:
         Of a held pose it is one: that says all of it, and behind more of them a model would rather hold on than
         do what the text says (docs/streaming.md). A pose is held where there are few kinds of tokens among many.
         """
-        recent = self.tokens[-2 * self.job.keep :]
-        return self.carry or (1 if HELD * len(set(recent)) <= len(recent) else self.job.keep)
+        return self.carry or (1 if self._holds(len(self.tokens)) else self.job.keep)
+
+    def slides(self, fed: int) -> bool:
+        """Whether the cache, where the tokens from ``base`` to before number ``fed`` lie, is to be prefilled anew.
+
+        It is where it is full, and in a clip of more than a window also where all that can be kept shows a held pose, which
+        may otherwise go on until the window is full. A device draws one token ahead of what the host has read, so the
+        newest token says nothing here.
+        """
+        assert self.base is not None
+        cached, job = fed - self.base[0], self.job
+        return cached >= job.window or (job.most > job.window and cached > 2 * job.keep and self._holds(fed))
+
+    def _holds(self, end: int) -> bool:
+        """Whether the last tokens before number ``end`` are a held pose."""
+        recent = self.tokens[max(0, end - 2 * self.job.keep) : end]
+        return HELD * len(set(recent)) <= len(recent)
 
     @property
     def ready(self) -> bool:

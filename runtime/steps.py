@@ -131,10 +131,9 @@ class HostSteps(Steps):
         late: list[Character] = []
         due: list[Character] = []
         for character in characters:
-            if character.seen is not None and not character.ready and character.seen.cached < character.job.window:
-                late.append(character)
-            elif not character.ready:
-                due.append(character)
+            if not character.ready:
+                seen = character.seen
+                (due if seen is None or character.slides(seen.written) else late).append(character)
         self.fill(due)
         self._decode(late)
         return self._draw([c for c in characters if c.ready])

@@ -84,10 +84,11 @@ def test_a_full_window_goes_on_from_its_last_tokens(decoder) -> None:
     assert character.tokens == oracle(decoder, [long.texts] * 40, long, contexts)
 
 
-def test_of_a_held_pose_a_full_window_keeps_one_token(decoder) -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_of_a_held_pose_one_token_is_kept_before_the_window_is_full(decoder, wide) -> None:
     held = copy.deepcopy(decoder)
     torch.nn.init.zeros_(held.head.weight)  # all tokens are alike, and greedy takes the first
-    wish = job(least=40, most=40, window=12, keep=5, params=replace(PLAIN, temperature=0))
+    wish = job(least=40, most=40, window=30 if wide else 12, keep=5, params=replace(PLAIN, temperature=0))
     bases = []
     for one in (held, decoder):
         crowd, found = scheduler(one), []
@@ -96,8 +97,30 @@ def test_of_a_held_pose_a_full_window_keeps_one_token(decoder) -> None:
             crowd.step()
             found.append(character.base)
         bases.append(list(dict.fromkeys(found)))
-    assert bases[0] == [(0, 0), (12, 13), (24, 25), (36, 37)]
+    assert bases[0] == [(0, 0), (11, 12), (22, 23), (33, 34)]
     assert len(set(character.tokens)) > 5 and {last - first for first, last in bases[1][1:]} == {5}
+
+
+def test_a_clip_that_fits_its_window_holds_a_pose_undisturbed(decoder) -> None:
+    held = copy.deepcopy(decoder)
+    torch.nn.init.zeros_(held.head.weight)
+    crowd = scheduler(held)
+    character = crowd.submit(job(least=30, most=30, window=30, keep=2, params=replace(PLAIN, temperature=0)))
+    while not character.over:
+        crowd.step()
+        assert character.base == (0, 0)
+
+
+def test_a_hold_is_judged_by_what_lies_behind_the_text_but_the_newest_token() -> None:
+    wish = job(most=99, keep=5, window=30)
+    for tokens, base, slides in (
+        ([7] * 11 + [8], 0, True),  # the newest says nothing
+        ([7] * 11, 0, False),  # ten of the text's own, and one more, have to be there
+        ([7] * 9 + [8] + [7] * 2, 0, False),
+        ([9] * 20 + [7] * 12, 20, True),
+        ([7] * 31, 20, False),  # as many were kept
+    ):
+        assert Character(wish, tokens=tokens, base=(base, base)).slides(len(tokens) - 1) is slides, tokens
 
 
 def test_how_many_kinds_of_tokens_are_a_held_pose() -> None:

@@ -100,17 +100,22 @@ struct Character {
   int32_t token(uint64_t index) const { return tokens_[index % kept]; }
   uint32_t kept_tokens() const { return static_cast<uint32_t>(std::min<uint64_t>(written, kept)); }
 
-  // Those to prefill anew when the window is full: one of a held pose, as in runtime/character.py.
-  uint32_t slid_tokens() const {
+  // When to prefill text and tokens anew, and how many of these, as in runtime/character.py: a window that is full, or in a clip
+  // of more than a window one that shows a held pose, of which one token is kept.
+  bool slides() const { return cached >= plan.window || (most > plan.window && cached > 2 * plan.keep && holds(written - 1)); }
+  uint32_t slid_tokens() const { return holds(written) ? 1 : std::min(plan.keep, kept_tokens()); }
+
+  // Few kinds of tokens among the last before number `end`, the newest one or what is to follow it.
+  bool holds(uint64_t end) const {
     constexpr uint32_t HELD = 6;
-    const uint32_t recent = std::min(2 * plan.keep, kept_tokens());
+    const uint32_t recent = static_cast<uint32_t>(std::min<uint64_t>(2 * plan.keep, end));
     uint32_t kinds = 0;
-    for (uint64_t i = written - recent; i < written; ++i) {
-      uint64_t other = written - recent;
+    for (uint64_t i = end - recent; i < end; ++i) {
+      uint64_t other = end - recent;
       while (other < i && token(other) != token(i)) ++other;
       kinds += other == i;
     }
-    return HELD * kinds <= recent ? 1 : std::min(plan.keep, kept_tokens());
+    return HELD * kinds <= recent;
   }
 
   uint32_t unread() const { return count_; }

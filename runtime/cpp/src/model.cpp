@@ -297,7 +297,7 @@ void Model::take_token(uint32_t index) {
     c.state = KT_DONE;
   else if (c.ending)
     return;
-  else if (c.cached >= c.plan.window)  // full: the text and the newest tokens anew
+  else if (c.slides())
     prepare_later(index, c.plan, c.slid_tokens());
 }
 
