@@ -1,4 +1,5 @@
-"""Does a stream jump where its window slides, or where the prompt changes? ``python benchmarks/runtime/bench_seams.py``.
+"""Does a stream jump where its window slides, or where the prompt changes? ``python benchmarks/runtime/bench_seams.py``,
+with ``--json FILE`` and ``--pictures docs/images`` for what docs/streaming.md shows. Ten minutes of one core.
 
 Change of a frame: of the root's velocity (metres a second), and of the joints seen from the root (root mean square, metres).
 At a seam the largest of the four changes that follow counts; it is given as a multiple of the clip's median change, and beside
@@ -6,12 +7,14 @@ it the same multiple for windows of four changes anywhere in the clip: their 95t
 halves with different medians, so its largest change is also given as it is, beside the largest away from the seam.
 
 And does it stand still in the end? "still" is the share of the frames in which the joints move by less than two millimetres,
-in the first and in the last ten seconds.
+in the first and in the last ten seconds, and the seconds of the longest such stretch in the whole clip.
 """
 
 import argparse
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 
 import kinetok
 from kinetok.files import whole_file
+from kinetok.motion import Motion
 from kinetok.motion.skeleton import FPS
 
 FOLLOWING = 4
@@ -59,15 +63,15 @@ def at_seams(series: np.ndarray, seams: list[int]) -> dict[str, Any]:
 
 
 def still(features: np.ndarray) -> list[float]:
-    """Shares of the frames that hardly move, in the first and in the last ten seconds."""
+    """Shares of the frames that hardly move, in the first and in the last ten seconds, and the longest hold in seconds."""
     held = np.convolve(changes(features)["pose"], np.ones(5) / 5, "same") < STILL
-    return [round(float(part.mean()), 3) for part in (held[: round(10 * FPS)], held[-round(10 * FPS) :])]
+    longest = max((len(list(run)) for moves, run in itertools.groupby(held) if moves), default=0)
+    ends = (held[: round(10 * FPS)], held[-round(10 * FPS) :])
+    return [*(round(float(part.mean()), 3) for part in ends), round(longest / FPS, 2)]
 
 
-def long_stream(
-    engine: kinetok.Engine, prompt: str, seconds: float, seed: int
-) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Features, root path, and the frames before each slide."""
+def long_stream(engine: kinetok.Engine, prompt: str, seconds: float, seed: int) -> tuple[Motion, list[int]]:
+    """The whole clip, and the frames before each slide."""
     stream = engine.stream(prompt, seconds=seconds, seed=seed)
     backend, written, seams = stream._crowd.scheduler.backend, [0], []
     prefill = backend.prefill
@@ -82,8 +86,40 @@ def long_stream(
     for block in stream:
         blocks.append(block)
         written[0] += len(block)
-    features, root = (np.concatenate([getattr(b, name) for b in blocks]) for name in ("features", "root"))
-    return features, root, sorted(set(seams))
+    return joined(blocks, prompt), sorted(set(seams))
+
+
+def joined(blocks: Sequence[Motion], text: str) -> Motion:
+    """Successive blocks of a stream as one motion."""
+    parts = {name: np.concatenate([getattr(b, name) for b in blocks]) for name in ("features", "root", "rotations")}
+    motion = Motion(rotations=parts["rotations"], root=parts["root"], offsets=blocks[0].offsets, text=text)
+    motion.features = parts["features"]
+    return motion
+
+
+def excerpt(motion: Motion, begin: int, end: int, text: str) -> Motion:
+    """Frames from one to before another."""
+    return Motion(rotations=motion.rotations[begin:end], root=motion.root[begin:end], offsets=motion.offsets, text=text)
+
+
+def pictures(engine: kinetok.Engine, folder: Path, walk: Motion, seams: list[int]) -> None:
+    """What docs/streaming.md shows: a minute of walking, a hold that a slide ends, a runner who is told to stand."""
+    figure(folder / "stream_60s.svg", LONG[0], walk.features, seams)
+    for seed in itertools.count():
+        kicks, slides = long_stream(engine, "a person kicks", 60.0, seed)
+        # Where the window slides before it is full.
+        early = [after for before, after in itertools.pairwise([0, *slides]) if after - before < 8.5 * FPS]
+        if early and 60 <= early[0] <= len(kicks.root) - 90:
+            first = early[0]
+            said = "kicks: held pose, slide at 2.0 s"
+            excerpt(kicks, first - 60, first + 60, said).save(folder / "stream_held.png")
+            break
+    with engine.stream("a person runs", seconds=math.inf, seed=0) as stream:
+        blocks = [next(stream) for _ in range(30)]
+        stream.redirect("a person stands still")
+        frames = sum(map(len, blocks))
+        stops = joined([*blocks, *(next(stream) for _ in range(30))], "")
+    excerpt(stops, frames - 6, frames + 10, "runs, then told to stand at 0.2 s").save(folder / "stream_stops.png")
 
 
 def figure(path: Path, prompt: str, features: np.ndarray, seams: list[int]) -> None:
@@ -124,7 +160,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--svg", type=Path)
+    parser.add_argument("--pictures", type=Path, help="the folder to draw docs/streaming.md's pictures into")
     options = parser.parse_args()
     torch.set_num_threads(1)
     engine = kinetok.load(options.model, "cpu")
@@ -136,16 +172,16 @@ def main() -> None:
         "new_prompts": {},
     }
     for prompt in LONG:
-        features, root, seams = long_stream(engine, prompt, options.seconds, seed=0)
-        thirds = np.array_split(np.linalg.norm(np.diff(root[:, [0, 2]], axis=0), axis=1), 3)
+        motion, seams = long_stream(engine, prompt, options.seconds, seed=0)
+        thirds = np.array_split(np.linalg.norm(np.diff(motion.root[:, [0, 2]], axis=0), axis=1), 3)
         report["slides"][prompt] = {
             "at_s": [round(seam / FPS, 2) for seam in seams],
             "path_m_in_thirds": [round(float(third.sum()), 2) for third in thirds],
-            **{name: at_seams(series, seams) for name, series in changes(features).items()},
+            **{name: at_seams(series, seams) for name, series in changes(motion.features).items()},
         }
         print(prompt, json.dumps(report["slides"][prompt]), flush=True)
-        if options.svg and prompt == LONG[0]:
-            figure(options.svg, prompt, features, seams)
+        if options.pictures and prompt == LONG[0]:
+            pictures(engine, options.pictures, motion, seams)
     for prompt in HELD:
         clips = (engine.generate(prompt, seconds=options.seconds, seed=seed)[0] for seed in range(2 * options.seeds))
         report["still"][prompt] = [still(clip.features) for clip in clips]
