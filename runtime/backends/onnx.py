@@ -64,6 +64,17 @@ def open_session(bundle: Bundle, graph: str, device: torch.device, threads: int 
     return session
 
 
+def _place(device: str | torch.device) -> torch.device:
+    """A device that ONNX Runtime has a provider for. ``UserError`` for any other."""
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in PROVIDERS:
+        raise UserError(f"device: expected {' or '.join(PROVIDERS)}, got {str(device)[:40]!r}")
+    return place
+
+
 def _numbers(shape: Sequence[Any]) -> tuple[int | None, ...]:
     """A shape with its free axes as None."""
     return tuple(size if isinstance(size, int) else None for size in shape)
@@ -135,7 +146,7 @@ class OnnxBackend(GraphBackend):
     """``Backend`` on a bundle."""
 
     def __init__(self, bundle: Bundle, slots: int, capacity: int, device: str | torch.device = "cpu") -> None:
-        self.bundle, place = bundle, torch.device(device)
+        self.bundle, place = bundle, _place(device)
         sizes = {
             name: bundle.number("decoder", name) for name in ("layers", "heads", "head_dim", "positions", "logits")
         }
@@ -226,7 +237,7 @@ class OnnxDetokenizer:
     """A bundle's detokenizer: tokens to features ``[T, 272]``, de-normalised, whole or as a stream."""
 
     def __init__(self, bundle: Bundle, device: str | torch.device = "cpu") -> None:
-        self.bundle, self.device = bundle, torch.device(device)
+        self.bundle, self.device = bundle, _place(device)
         self._whole = open_session(bundle, "detokenize", self.device)
 
     def decode(self, tokens: Sequence[int]) -> np.ndarray:

@@ -181,6 +181,11 @@ def test_an_execution_provider_that_is_absent(refused, bundle) -> None:
     assert "no CUDAExecutionProvider" in line and "install onnxruntime-gpu, or use the device cpu" in line
 
 
+def test_a_device_that_onnxruntime_has_no_provider_for(refused, bundle) -> None:
+    for device in ("mps", "tpu", ""):
+        assert f"device: expected cpu or cuda, got {device!r}" in refused("verify", bundle, "--device", device)
+
+
 def test_engines_of_another_gpu_or_of_none(refused, generate, engines, monkeypatch) -> None:
     folder = engines()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
