@@ -105,7 +105,7 @@ def test_a_clip_that_fits_its_window_holds_a_pose_undisturbed(decoder) -> None:
     held = copy.deepcopy(decoder)
     torch.nn.init.zeros_(held.head.weight)
     crowd = scheduler(held)
-    character = crowd.submit(job(least=30, most=30, window=30, keep=2, params=replace(PLAIN, temperature=0)))
+    character = crowd.submit(job(least=30, most=30, window=30, keep=5, params=replace(PLAIN, temperature=0)))
     while not character.over:
         crowd.step()
         assert character.base == (0, 0)
