@@ -130,6 +130,16 @@ def test_which_operator_attends_in_a_step(decoder_of, tmp_path, precision, kv, c
     assert kinds == {"prefill": ["Attention"] * 2, "decode": [operator] * 2}
 
 
+def test_a_graph_in_memory_adds_and_normalises_in_one_operator(decoder_of) -> None:
+    """All sums but the last, whose norm is taken of one position; what nobody reads has no name and is not computed."""
+    onnx = pytest.importorskip("onnx", reason="needs the extra 'onnx'")
+    from kinetok.model.graphs.live import decoder_graph
+
+    nodes = onnx.load_from_string(decoder_graph(decoder_of())[0]).graph.node
+    fused = [node for node in nodes if node.op_type == "SkipSimplifiedLayerNormalization"]
+    assert len(fused) == 2 * 2 - 1 and all(list(node.output[1:3]) == ["", ""] for node in fused)
+
+
 def test_integers_of_heads_that_need_standard_attention(decoder_of, folder_of_graphs) -> None:
     decoder = decoder_of(n_head=1, n_embd=100)
     rounded = stored_decoder(decoder, Precision(name="int8"))
