@@ -103,6 +103,26 @@ def tokenizer_of() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def interpreted_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kernels loop to computed bounds under Triton's interpreter; skips without triton, does nothing on a GPU.
+
+    Triton 3.6 makes a bound's number of an array of one, shape ``[1]``, which NumPy 2.4 refuses; later ones squeeze it first.
+    """
+    pytest.importorskip("triton", reason="triton is not installed, so there are no kernels to run")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
+
+
+@pytest.fixture
 def folder_of_graphs(tmp_path) -> Callable[..., dict[str, Any]]:
     """Write graphs that share a weights' file and open them: ``f(build, ...)`` with ``build(weights) -> Graph``."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")

@@ -21,9 +21,8 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def launcher(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+def launcher(monkeypatch: pytest.MonkeyPatch, interpreted_loops: None) -> Callable[[str], ModuleType]:
     """``launcher("fsq")`` is ``kinetok.kernels.fsq.triton``; whatever it allocates by torch.empty* starts as NaN."""
-    pytest.importorskip("triton", reason="triton is not installed, so there are no kernels to run")
     if os.environ.get("TRITON_INTERPRET") == "1":
         _mend_interpreter(monkeypatch)
     # torch lists its constructors when a device is first entered, and keeps the list. With ours on it in place of torch.empty,
@@ -51,15 +50,14 @@ def _mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     The interpreter keeps bfloat16 as its 16 bits: it truncates when it casts and adds, multiplies and reduces the bits
     as whole numbers. Kernels therefore go to float32 first, and one that does not fails here instead of passing on luck.
     It multiplies matrices by NumPy's BLAS, whose sums depend on a row's place in its tile and on the processor: a GPU's
-    do not, and rounded from float64 these do not either. Triton 3.6 makes a loop's bound of an array of one number, which
-    NumPy 2.4 refuses.
+    do not, and rounded from float64 these do not either.
     """
     from triton import language as tl
     from triton.runtime import interpreter
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     cast, dot, binary = builder.cast_impl, builder.create_dot, builder.binary_op
-    check, patch = interpreter.ReduceScanOpInterface.check_tensor, interpreter._patch_lang_tensor
+    check = interpreter.ReduceScanOpInterface.check_tensor
 
     def widened(x):
         return handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
@@ -84,15 +82,10 @@ def _mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         assert left.dtype.scalar != tl.bfloat16, "bfloat16 arithmetic in a kernel: go to float32 first"
         return binary(self, left, right, op)
 
-    def patch_lang_tensor(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
     def check_tensor(self, values):
         assert all(value.dtype.scalar != tl.bfloat16 for value in values), "bfloat16 reduction: go to float32 first"
         return check(self, values)
 
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
     monkeypatch.setattr(builder, "create_dot", create_dot)
     monkeypatch.setattr(builder, "binary_op", binary_op)

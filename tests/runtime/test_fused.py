@@ -183,6 +183,7 @@ def test_a_gpus_way_through_the_registered_operators_gives_the_same_clips(small,
     assert clips() == by_definition and len(called) == 4
 
 
+@pytest.mark.usefixtures("interpreted_loops")
 @pytest.mark.parametrize("float8", [False, True])
 def test_the_kernels_write_the_clips_of_their_definitions(small, script, monkeypatch, float8: bool) -> None:
     """Crowds through the launchers: on a GPU compiled, elsewhere under the interpreter; views, holes and reach included."""
