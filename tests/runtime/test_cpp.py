@@ -172,8 +172,10 @@ WALK, RUN, JUMP = "a person walks forward", "a person runs", "a person jumps"
         ((5, 1, 1.0, 0, 0.95, 2.5, math.inf), [(WALK, 20), (RUN, 20), (JUMP, 20)]),  # told otherwise twice
         ((9, 2, 1.0, 0, 0.9, 2.5, math.inf), [(WALK, 200)]),  # beyond its window
         ((1, 0, 1.0, 0, 0.95, 1.5, math.inf), [("a person stands still", 200)]),  # the same with a held pose
+        ((4, 0, 1.3, 0, 1.0, 1.0, math.inf), [("a person stands still", 200)]),  # whose newest token ends it
+        ((1, 0, 1.0, 0, 0.95, 1.5, 6.0), [("a person stands still", 90)]),  # which fits its window
     ],
-    ids=["end", "top_k", "greedy", "redirect", "window", "held"],
+    ids=["end", "top_k", "greedy", "redirect", "window", "held", "moves", "fits"],
 )
 def test_a_clip_has_the_tokens_of_python(cpp, model, bundle, build, tmp_path, how, steps) -> None:
     said = cpp.run(

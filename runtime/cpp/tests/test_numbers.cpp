@@ -36,6 +36,12 @@ TEST(Numbers, noise_has_the_bits_of_docs_numerics) {
   }
 }
 
+TEST(Numbers, weights_have_the_bits_of_docs_numerics) {
+  const std::pair<float, int32_t> rows[] = {{0.0f, 1 << 24},    {-0.25f, 14107901}, {-0.5f, 11863283}, {-0.7213475f, 10175896}, {-1.0f, 1 << 23},
+                                            {-3.3f, 1703416}, {-9.87654f, 17847}, {-16.5f, 181},     {-23.999f, 1},           {-40.0f, 0}};
+  for (const auto& [x, weight] : rows) EXPECT_EQ(sampling::exp2_weight(x), weight) << x;
+}
+
 TEST(Numbers, noise_is_within_its_limit) {
   const float most = sampling::noise_limit(UINT32_MAX);
   uint32_t beyond = 0;
@@ -113,6 +119,15 @@ TEST(Numbers, top_p_stops_at_just_enough) {
     sampler.mix(logits, nullptr, 1);
     EXPECT_EQ(sampler.draw({seed, 0, 0, 0, 1, 0.5}), 0);
   }
+  float more = half;
+  while (sampling::exp2_weight(more * 1.4426950216293335f) == 1 << 23) more = std::nextafter(more, 0.0f);
+  const float odd[3] = {0, half, more};  // so it is half a weight less than half, which is rounded up
+  int drawn[3] = {};
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    sampler.mix(odd, nullptr, 1);
+    ++drawn[sampler.draw({seed, 0, 0, 0, 1, 0.5})];
+  }
+  EXPECT_TRUE(drawn[0] && !drawn[1] && drawn[2]);
 }
 
 TEST(Numbers, numbers_that_are_not_finite_are_not_drawn_from) {
