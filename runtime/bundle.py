@@ -14,7 +14,7 @@ from kinetok.errors import UserError
 from kinetok.model.config import DecoderConfig
 from kinetok.model.decoder import MotionDecoder
 from kinetok.model.tensor_files import natural, parse_json, possible_shape
-from kinetok.runtime.manifest import FILE_NAME, MANIFEST, TENSOR_DTYPES, read_manifest
+from kinetok.runtime.manifest import FILE_NAME, INTACT, MANIFEST, TENSOR_DTYPES, read_manifest
 from kinetok.runtime.schema import each, real
 
 ALIGNMENT = 64  # of the tensors in a flat file
@@ -140,14 +140,15 @@ def check_files(folder: Path, manifest: Mapping[str, Any], source: str) -> None:
         if not FILE_NAME.fullmatch(name) or not isinstance(about, dict):
             raise UserError(f"{folder / source}: {name[:80]!r} is not the name of one of its files")
         path = folder / name
-        if path.exists() and not path.is_file():  # a device or a pipe has no end
+        if not path.exists():
+            raise UserError(f"cannot read {path}: it is not there: {INTACT}")
+        if not path.is_file():  # a device or a pipe has no end
             raise UserError(f"{path}: expected a file")
         # What is too long is not read to its end.
-        whole = not path.exists() or path.stat().st_size == about.get("bytes")
+        whole = path.stat().st_size == about.get("bytes")
         if not whole or file_digest(path) != (about.get("sha256"), about.get("bytes")):
             raise UserError(
-                f"{folder / name}: not the file that was exported (its SHA-256 or size differs from the manifest's): "
-                "export the model again, or fetch an intact copy"
+                f"{path}: not the file that was exported (its SHA-256 or size differs from the manifest's): {INTACT}"
             )
 
 

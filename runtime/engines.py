@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from kinetok.errors import UserError, missing_package
-from kinetok.model.tensor_files import parse_json
 from kinetok.runtime.bundle import Bundle, check_files
+from kinetok.runtime.manifest import INTACT, parsed
 
 ENGINES = "kinetok_engines.json"
 FORMAT, VERSION = "kinetok-engines", 2
@@ -95,7 +95,7 @@ def read_engines(path: str | Path) -> Engines:
     """Open a folder of engines. ``UserError`` for another version, a file that is absent, cut or edited, or no engines."""
     folder = Path(path)
     try:
-        manifest = parse_json((folder / ENGINES).read_bytes(), folder / ENGINES)
+        manifest = parsed(folder / ENGINES)
     except OSError as error:
         raise UserError(
             f"{folder} holds no engines: cannot read {ENGINES} ({error.strerror or error}); make them with kinetok export "
@@ -103,7 +103,9 @@ def read_engines(path: str | Path) -> Engines:
         ) from error
     version = manifest.get("version")
     if manifest.get("format") != FORMAT or not isinstance(version, int):
-        raise UserError(f"{folder / ENGINES}: expected the format {FORMAT!r}, got {str(manifest.get('format'))[:40]!r}")
+        raise UserError(
+            f"{folder / ENGINES}: expected the format {FORMAT!r}, got {str(manifest.get('format'))[:40]!r}: {INTACT}"
+        )
     if version != VERSION:
         remedy = "update kinetok, or build the engines" if version > VERSION else "build the engines"
         raise UserError(

@@ -15,7 +15,17 @@ MANIFEST = "kinetok_bundle.json"
 FORMAT, VERSION = "kinetok-bundle", 1
 TENSOR_DTYPES = ("float32", "int32", "int64")
 MANIFEST_BYTES = 64 << 20
+INTACT = "export the model again, or fetch an intact copy"
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """The JSON object of a manifest. ``UserError`` for anything else, ``OSError`` where it cannot be read."""
+    data = path.read_bytes()
+    try:
+        return parse_json(data, path)
+    except UserError as error:
+        raise UserError(f"{error}: {INTACT}") from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -26,14 +36,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise UserError(f"{path}: expected a file")
         if (size := path.stat().st_size) > MANIFEST_BYTES:
             raise UserError(f"{path}: expected at most {MANIFEST_BYTES} bytes, got {size}")
-        manifest = parse_json(path.read_bytes(), path)
+        manifest = parsed(path)
     except OSError as error:
         raise UserError(
             f"{folder} is no bundle: cannot read {MANIFEST} ({error.strerror or error}); make one with kinetok export onnx"
         ) from error
     version = manifest.get("version")
     if manifest.get("format") != FORMAT or type(version) is not int or version < 1:
-        raise UserError(f"{path}: expected the format {FORMAT!r}, got {str(manifest.get('format'))[:40]!r}")
+        raise UserError(f"{path}: expected the format {FORMAT!r}, got {str(manifest.get('format'))[:40]!r}: {INTACT}")
     if version > VERSION:
         raise UserError(
             f"{path}: version {version} is newer than this kinetok reads ({VERSION}): update kinetok, or export the model "
@@ -42,7 +52,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = _BUNDLE(manifest)
     wrong = f"{found[0]} to be {found[1]}" if found else _across(manifest)
     if wrong:
-        raise UserError(f"{path}: expected {wrong}: export the model again, or fetch an intact copy")
+        raise UserError(f"{path}: expected {wrong}: {INTACT}")
     return manifest
 
 

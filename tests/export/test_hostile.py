@@ -120,7 +120,7 @@ def test_mutated_files_under_a_right_hash(bundle, tmp_path, data) -> None:
 )
 def test_what_is_no_manifest(tmp_path, content) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=f"{MANIFEST}: expected .*: export the model again, or fetch an intact copy"):
         read_bundle(tmp_path)
 
 
