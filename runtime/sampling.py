@@ -42,14 +42,14 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.seconds is not None and self.seconds != math.inf:
-            what = f"more than 0 and at most {LONGEST_SECONDS:g} seconds, or infinity for a stream"
+            what = f"0.001 to {LONGEST_SECONDS:g} seconds, or infinity for a stream"
             _number("seconds", self.seconds, 1e-3, LONGEST_SECONDS, what)
         if self.temperature is not None:
             _number("temperature", self.temperature, 0, 100, "a number from 0 (greedy) to 100")
         if self.temperature and self.temperature < 1e-3:
             raise UserError(f"temperature: expected 0 (greedy) or at least 0.001, got {self.temperature}")
         if self.top_p is not None:
-            _number("top_p", self.top_p, 1e-4, 1, "a number above 0 and at most 1")
+            _number("top_p", self.top_p, 1e-4, 1, "a number from 0.0001 to 1 (1 is off)")
         if self.guidance is not None:
             _number("guidance", self.guidance, 0, 100, "a number from 0 to 100 (1 is off)")
         for name, low, high in (("seed", 0, 2**64 - 1), ("top_k", 0, 2**31), ("max_tokens", 1, 2**31)):

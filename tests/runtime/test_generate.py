@@ -169,6 +169,13 @@ def test_bad_parameters(bad: dict) -> None:
         SamplingParams(**bad)
 
 
+@pytest.mark.parametrize(("name", "least"), [("seconds", 0.001), ("top_p", 0.0001)])
+def test_the_least_that_is_asked_for_is_accepted(name, least) -> None:
+    assert getattr(SamplingParams(**{name: least}), name) == least
+    with pytest.raises(UserError, match=f"{name}: expected .*{least}"):
+        SamplingParams(**{name: least / 2})
+
+
 def test_weights_that_are_not_numbers_are_named(decoder) -> None:
     features = torch.full((3, 8), torch.nan)
     with pytest.raises(UserError, match="token 0"):

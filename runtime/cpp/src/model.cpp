@@ -140,7 +140,7 @@ uint32_t Model::create(const kt_character_options& o) {
     if (!fine) throw Error(KT_ERROR_ARGUMENT, "%s, got %g", what, got);
   };
   check(o.temperature == 0 || (o.temperature >= 1e-3 && o.temperature <= 100), "temperature: expected 0 (greedy), or 0.001 to 100", o.temperature);
-  check(o.top_p >= 1e-4 && o.top_p <= 1, "top_p: expected more than 0 and at most 1", o.top_p);
+  check(o.top_p >= 1e-4 && o.top_p <= 1, "top_p: expected 0.0001 to 1 (off)", o.top_p);
   check(o.guidance >= 0 && o.guidance <= 100, "guidance: expected 0 to 100 (1: off)", o.guidance);
   check(o.guidance == 1 || guided(), "guidance: this model has no features of the empty text, or was opened without; expected 1", o.guidance);
   check(o.seconds == 0 || (o.seconds >= 1e-3 && (o.seconds <= 600 || std::isinf(o.seconds))), "seconds: expected 0 (the model decides), 0.001 to 600, or infinity", o.seconds);

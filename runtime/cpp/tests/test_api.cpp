@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <thread>
@@ -287,7 +288,8 @@ TEST(Api, impossible_characters_and_prompts_are_refused) {
   };
   EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.temperature = NAN; }));
   EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.temperature = 1e-9; }));
-  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.top_p = 0; }));
+  EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.top_p = 5e-5; }));
+  EXPECT_TRUE(std::strstr(kt_last_error(), "0.0001 to 1")) << kt_last_error();
   EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.guidance = -1; }));
   EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.seconds = -1; }));
   EXPECT_STATUS(KT_ERROR_ARGUMENT, refused([](auto& o) { o.seconds = 1e9; }));
