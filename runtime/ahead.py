@@ -15,8 +15,8 @@ class DeviceSteps(Steps):
     """``Steps`` on a ``DrawingBackend``, with the tokens of ``HostSteps``.
 
     While the host waits for a token, and while it then makes frames of it, the device works on the next one. A character
-    that ends, is cancelled or gets a new text wastes that one step. Only where a full window is prefilled anew does
-    the device wait for the host, because the host has to know the tokens: once in several seconds of motion.
+    that ends, is cancelled or gets a new text wastes that one step. Only where a window slides, full or with a held
+    pose, does the device wait for the host, because the host has to know the tokens: once in seconds of motion.
     """
 
     backend: DrawingBackend
