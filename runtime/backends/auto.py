@@ -1,6 +1,6 @@
 """Which backend a model runs on when nobody says."""
 
-import importlib.util
+import importlib
 from typing import NamedTuple
 
 import torch
@@ -28,10 +28,12 @@ def choose_backend(decoder: MotionDecoder) -> Chosen:
     if weight.dtype != torch.float32:
         return Chosen("torch", f"ONNX Runtime's live graph is fp32, and these weights are {weight.dtype}")
     for package in ("onnx", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            return Chosen(
-                "torch", f"{package} is not installed, with which a CPU is faster: pip install 'kinetok[onnx]'"
-            )
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            absent = isinstance(error, ModuleNotFoundError) and error.name == package
+            why = "is not installed" if absent else f"cannot be imported ({' '.join(str(error).split())[:200]})"
+            return Chosen("torch", f"{package} {why}; a CPU is faster with it: pip install 'kinetok[onnx]'")
     # ONNX Runtime lays the weights out once more, for its own products, and needs both while it does so.
     need, free = 2 * sum(value.numel() * 4 for value in decoder.parameters()), bytes_available(weight.device)
     if free is not None and need > free:

@@ -1,6 +1,6 @@
 """Which backend a model gets when nobody says, and the reason that goes with it."""
 
-import importlib.util
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -27,10 +27,19 @@ def test_a_cpu_runs_onnx_runtime_where_it_can(decoder, monkeypatch) -> None:
     name, reason = choose_backend(decoder)
     assert name == "torch" and "free" in reason
     monkeypatch.setattr(auto, "bytes_available", memory.bytes_available)
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     name, reason = choose_backend(decoder)
-    assert name == "torch" and "kinetok[onnx]" in reason
+    assert name == "torch" and "onnxruntime is not installed" in reason and "kinetok[onnx]" in reason
+
+
+def test_an_onnx_runtime_that_is_broken_is_none(decoder, monkeypatch, tmp_path) -> None:
+    package = tmp_path / "onnxruntime"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libcrypt.so.1: cannot open\\nshared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    name, reason = choose_backend(decoder)
+    assert name == "torch" and "cannot be imported (libcrypt.so.1: cannot open shared object file)" in reason
 
 
 def test_what_the_live_graph_cannot_hold_is_torchs(decoder) -> None:
