@@ -66,7 +66,7 @@ def test_prompt_files(refused, model, tmp_path, command, content, expected):
     [
         (("--seconds", "-1"), "seconds"),
         (("--seconds", "0"), "seconds"),
-        (("--seconds", "1e9"), "at most 600"),
+        (("--seconds", "1e9"), "0.001 to 600"),
         (("--seconds", "nan"), "seconds"),
         (("--seconds", "long"), "--seconds"),
         (("--seed", "-1"), "seed"),
