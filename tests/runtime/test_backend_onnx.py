@@ -123,6 +123,12 @@ def test_a_gpu_takes_no_step_that_attends_on_the_cpu(small_model, tmp_path) -> N
             onnx.open_session(bundle, "decode", torch.device("cuda"))
 
 
+def test_no_session_waits_for_its_next_call_on_a_core(small_model, exact) -> None:
+    live = onnx.live_session(small_model.decoder, "decoder_graph")
+    for session in (live, *(onnx.open_session(exact, name, torch.device("cpu")) for name in ("prefill", "decode"))):
+        assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
