@@ -18,7 +18,7 @@ class Chosen(NamedTuple):
 
 
 def choose_backend(decoder: MotionDecoder) -> Chosen:
-    """On a GPU torch; on a CPU ONNX Runtime where it can run the decoder, for it was 1.8 to 5.1 times as fast
+    """On a GPU torch; on a CPU ONNX Runtime where it can run the decoder, for it was 1.7 to 5.2 times as fast
     as torch (benchmarks/results/onnx_cpu.json), otherwise torch."""
     weight = decoder.embed.weight
     if weight.device.type != "cpu":
