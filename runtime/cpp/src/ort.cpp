@@ -160,6 +160,8 @@ Session::Session(const Runtime& owner, const std::string& path, const Provider& 
   runtime.check(runtime.api.set_log_level(options, abi::LOG_ERROR), "starting");
   runtime.check(runtime.api.set_intra_threads(options, threads), "starting");
   runtime.check(runtime.api.set_inter_threads(options, 1), "starting");
+  // Threads of a session that is done would wait for its next call in a loop, on a core that another session or the game needs.
+  runtime.check(runtime.api.set_entry(options, "session.force_spinning_stop", "1"), "starting");
   provider.append(options);
   // native() is what the operating system calls a path: wide characters on Windows.
   const std::filesystem::path file = std::filesystem::u8path(path);

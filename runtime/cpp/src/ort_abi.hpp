@@ -60,6 +60,7 @@ struct Base {
   X(release_options, 100, ReleaseSessionOptions, void, (SessionOptions*))                                                \
   X(available, 125, GetAvailableProviders, Status*, (char*** names, int* count))                                         \
   X(release_available, 126, ReleaseAvailableProviders, Status*, (char** names, int count))                               \
+  X(set_entry, 130, AddSessionConfigEntry, Status*, (SessionOptions*, const char* key, const char* value))               \
   X(append_tensorrt, 170, SessionOptionsAppendExecutionProvider_TensorRT_V2, Status*,                                    \
     (SessionOptions*, const TensorRtOptions*))                                                                           \
   X(create_tensorrt, 171, CreateTensorRTProviderOptions, Status*, (TensorRtOptions**))                                   \
