@@ -23,7 +23,7 @@ from kinetok.model.pretrained import ModelBundle, load_pretrained
 from kinetok.model.tokenizer import MotionTokenizer
 from kinetok.motion import Motion
 from kinetok.motion.skeleton import CANONICAL_OFFSETS, PARENTS
-from kinetok.runtime.sampling import KEPT_SECONDS, SamplingParams, token_budget
+from kinetok.runtime.sampling import CARRIED_SECONDS, KEPT_SECONDS, SamplingParams, token_budget
 from kinetok.runtime.scheduler import Job, Scheduler
 
 CAPTIONS = 1500  # benchmarks/runtime/captions.py does 10,000
@@ -151,7 +151,7 @@ def _python(
         if character is None:
             character = scheduler.submit(job(prompt, 0))
         else:
-            scheduler.redirect(character, job(prompt, len(character.tokens)), round(rate))
+            scheduler.redirect(character, job(prompt, len(character.tokens)), round(CARRIED_SECONDS * rate))
         for _ in range(count):
             scheduler.step()
             if character.over:

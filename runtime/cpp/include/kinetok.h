@@ -174,7 +174,7 @@ KT_API kt_status kt_character_create(kt_model model, const kt_character_options 
 KT_API kt_status kt_character_destroy(kt_character character) KT_NOEXCEPT;
 KT_API kt_status kt_character_query(kt_character character, kt_character_info *info) KT_NOEXCEPT;
 
-/* The first prompt starts a clip; a later one takes over from the next token, with the last second of motion, also after the
+/* The first prompt starts a clip; a later one takes over from the next token, with the last 0.13 s of motion, also after the
  * clip has ended; its length counts anew. Frames that lie unread stay. Returns at once; a sentence is encoded by the worker. */
 KT_API kt_status kt_prompt(kt_character character, const kt_prompt_source *prompt) KT_NOEXCEPT;
 /* Takes what the worker has finished and hands out the next tokens, for everyone who has room for their frames; it computes

@@ -10,7 +10,8 @@ namespace kinetok {
 namespace {
 
 constexpr int64_t UNKNOWN_END = int64_t{1} << 40;  // more tokens than any clip has
-constexpr double MEASURE_US = 2e5, CARRIED_SECONDS = 1;
+constexpr double MEASURE_US = 2e5;
+constexpr double CARRIED_SECONDS = 2.0 / 15;  // with more behind a new text, the old motion goes on (docs/streaming.md)
 constexpr int MEASURE_RUNS = 3;
 
 double microseconds(std::chrono::steady_clock::duration time) { return std::chrono::duration<double, std::micro>(time).count(); }
@@ -209,7 +210,7 @@ void Model::prompt(uint32_t index, const kt_prompt_source& source) {
   begin(index, plan);
 }
 
-// A prompt takes over, with the newest second of motion behind it.
+// A prompt takes over, with the newest motion behind it, as in runtime/sampling.py.
 void Model::begin(uint32_t index, const Plan& plan) {
   Character& c = characters_[index];
   const auto carried = static_cast<uint32_t>(std::max(1.0, std::nearbyint(CARRIED_SECONDS * bundle_.tokens_per_second)));
