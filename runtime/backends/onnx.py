@@ -101,7 +101,7 @@ def _session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Threads of a session that is done would wait for its next call in a loop, on the core that another session needs now:
-    # behind a prefill, int8 steps of 111M took half as long again for a tenth of a second.
+    # the prefill's, while the first steps run.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # By default its fp32 products have TF32's ten bits, which is less than a bundle promises.
     cuda = {"device_id": device.index or 0, "use_tf32": 0}
